@@ -1,0 +1,138 @@
+"""What the two sides of a refit implement, and what a refit reports. Nothing here knows a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from nemo_rl.refit.layout import Holding, Layout, TensorTable
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Ranks of one refit: trainers are `0 .. num_trainers - 1`, generator workers follow."""
+
+    num_trainers: int
+    num_generators: int
+
+    def __post_init__(self) -> None:
+        if self.num_trainers < 1 or self.num_generators < 1:
+            raise ValueError(f"a refit needs trainers and generators, got {self}")
+
+    @property
+    def size(self) -> int:
+        return self.num_trainers + self.num_generators
+
+    @property
+    def trainers(self) -> range:
+        return range(self.num_trainers)
+
+    @property
+    def generators(self) -> range:
+        return range(self.num_trainers, self.size)
+
+    def describe(self, rank: int) -> str:
+        """`trainer 1 (rank 1)` or `generator 0 (rank 2)`."""
+        role, index = ("trainer", rank) if rank < self.num_trainers else ("generator", rank - self.num_trainers)
+        return f"{role} {index} (rank {rank})"
+
+
+class Source(Protocol):
+    """A rank that holds trained weights."""
+
+    def table(self) -> TensorTable:
+        """Every Hugging Face tensor of the whole model that the family rule exports, held by this rank or not."""
+
+    def holdings(self) -> list[Holding]:
+        """Live views of this rank's parameters; their storage stays the same across optimizer steps."""
+
+    def unused(self) -> Mapping[str, str]:
+        """Trainer tensors that are not exported, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What a generator rank says of its loader.
+
+    Attributes:
+        layout: row i is the destination of one box; `unit` says which module must see it whole.
+        misc: tensors whose value the loader computes or whose way is not pure views, with the reason.
+        problems: what must refuse the plan: bytes nobody writes, values the loader needs and the table lacks.
+    """
+
+    layout: Layout
+    misc: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+class Landing(Protocol):
+    """A rank that receives weights into an engine."""
+
+    def declare(self, table: TensorTable) -> Declaration:
+        """Derive the layout by running the engine's own loader on storage-less tensors of `table`."""
+
+    def begin(self, version: int) -> None:
+        """Start of an update on a paused engine; until `commit` the engine refuses to generate."""
+
+    def open(self, unit: int) -> Mapping[int, torch.Tensor]:
+        """Row -> load-format view for every row of `unit`; views stay valid until `close(unit)`."""
+
+    def close(self, unit: int) -> None:
+        """All rows of `unit` landed: run the engine's own processing of that module and free its staging."""
+
+    def load_misc(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Give whole Hugging Face tensors to the engine's own loader; `tensors` is consumed lazily."""
+
+    def finish(self) -> None:
+        """Run the engine's finalize hooks. Raises where a unit's processing did not run in this version."""
+
+    def commit(self, version: int) -> None:
+        """Stamp the version, drop caches tied to the old one, allow generation."""
+
+    def reject(self, reason: str) -> None:
+        """Keep refusing to generate, with `reason`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefitOptions:
+    """Knobs of a session.
+
+    Attributes:
+        transport: `auto`, `gloo`, `golden` or `broadcast` (the conventional refit).
+        bucket_bytes: largest message.
+        num_streams: messages in flight per rank and direction; bounds extra memory to
+            `2 * num_streams * bucket_bytes`.
+        deadline_s: longest that any phase of one refit may take.
+        verify: compare digests after every refit.
+    """
+
+    transport: str = "auto"
+    bucket_bytes: int = 16 << 20
+    num_streams: int = 2
+    deadline_s: float = 120.0
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes < 1024 or self.num_streams < 1 or self.deadline_s <= 0:
+            raise ValueError(f"bucket_bytes >= 1024, num_streams >= 1 and deadline_s > 0 are needed, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class RefitReport:
+    """What one rank saw of one refit. Bytes are those that this rank sent or received over the wire."""
+
+    version: int
+    transport: str
+    verified: bool
+    total_s: float
+    phase_s: Mapping[str, float]
+    bulk_bytes: int
+    misc_bytes: int
+    staging_bytes: int
+
+    @property
+    def gb_per_s(self) -> float:
+        return (self.bulk_bytes + self.misc_bytes) / self.total_s / 1e9 if self.total_s else 0.0

@@ -1,0 +1,170 @@
+"""What one rank holds of every tensor: holdings with their storage, and the columnar layout that travels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.region import Region
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """Shape and dtype of one whole Hugging Face tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+TensorTable = dict[str, TensorMeta]
+"""fqn -> meta of every tensor that a side knows; iteration order is `natural_order`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """This rank holds `region` of `fqn` in `view`: a strided view of its own storage.
+
+    `view.shape == region.sizes`, axes in the Hugging Face tensor's order.
+
+    Raises:
+        ValueError: the view's shape is not the region's.
+    """
+
+    fqn: str
+    region: Region
+    view: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if tuple(self.view.shape) != self.region.sizes:
+            raise ValueError(
+                f"{self.fqn}: the view has shape {tuple(self.view.shape)} but its region {self.region} has sizes "
+                f"{self.region.sizes}"
+            )
+
+
+def natural_order(fqns: Iterable[str]) -> list[str]:
+    """Names sorted with their numbers as numbers (`layers.2` before `layers.10`)."""
+    return sorted(fqns, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One rank's holdings without their views, columnar and cheap to send.
+
+    Row i says: the rank holds the box `offsets[i], sizes[i]` of tensor `names[tensor[i]]`. Boxes are padded to the
+    layout's number of dims with offset 0 and size 1. `unit[i]` is the landing unit of the row (a module whose loader
+    must see all its bytes at once), or -1 where bytes land in their final storage.
+    """
+
+    names: tuple[str, ...]
+    metas: tuple[TensorMeta, ...]
+    tensor: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    unit: np.ndarray
+
+    @classmethod
+    def from_regions(
+        cls, rows: Sequence[tuple[str, Region]], table: TensorTable, units: Sequence[int] | None = None
+    ) -> Layout:
+        """Build from `(fqn, region)` rows in any order; row i stays row i.
+
+        Raises:
+            ValueError: a name is not in the table or a region leaves its tensor; all violations at once.
+        """
+        bad = [f"{f}: not in the tensor table" for f, _ in rows if f not in table]
+        bad += [
+            f"{f}: region {r} leaves shape {table[f].shape}" for f, r in rows if f in table and not r.fits(table[f].shape)
+        ]
+        if bad:
+            raise ValueError("layout refused: " + "; ".join(bad))
+        names = tuple(natural_order({f for f, _ in rows}))
+        index = {name: i for i, name in enumerate(names)}
+        ndim = max((r.ndim for _, r in rows), default=0)
+        offsets, sizes = np.zeros((len(rows), ndim), np.int64), np.ones((len(rows), ndim), np.int64)
+        for i, (_, region) in enumerate(rows):
+            offsets[i, : region.ndim], sizes[i, : region.ndim] = region.offsets, region.sizes
+        tensor = np.fromiter((index[f] for f, _ in rows), np.int32, len(rows))
+        unit = np.full(len(rows), -1, np.int32) if units is None else np.asarray(units, np.int32)
+        if len(unit) != len(rows):
+            raise ValueError(f"{len(rows)} rows but {len(unit)} landing units")
+        return cls(names, tuple(table[n] for n in names), tensor, offsets, sizes, unit)
+
+    @classmethod
+    def from_holdings(
+        cls, holdings: Sequence[Holding], table: TensorTable, units: Sequence[int] | None = None
+    ) -> Layout:
+        """The layout of `holdings`; row i is holding i. Raises ValueError as `from_regions`, and on a dtype mismatch."""
+        bad = [
+            f"{h.fqn}: held as {h.view.dtype}, declared {table[h.fqn].dtype}"
+            for h in holdings
+            if h.fqn in table and h.view.dtype != table[h.fqn].dtype
+        ]
+        if bad:
+            raise ValueError("layout refused: " + "; ".join(bad))
+        return cls.from_regions([(h.fqn, h.region) for h in holdings], table, units)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @property
+    def table(self) -> TensorTable:
+        return dict(zip(self.names, self.metas, strict=True))
+
+    def region(self, row: int) -> Region:
+        ndim = len(self.metas[self.tensor[row]].shape)
+        return Region(tuple(map(int, self.offsets[row, :ndim])), tuple(map(int, self.sizes[row, :ndim])))
+
+    def fqn(self, row: int) -> str:
+        return self.names[self.tensor[row]]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes that the rank holds."""
+        item = np.array([m.dtype.itemsize for m in self.metas], np.int64)
+        return int((self.sizes.prod(axis=1) * item[self.tensor]).sum()) if len(self) else 0
+
+    def to_bytes(self) -> bytes:
+        """Wire form; equal layouts have equal bytes."""
+        head = json.dumps([[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in self.table.items()])
+        out = io.BytesIO()
+        np.savez(
+            out,
+            head=np.frombuffer(head.encode(), np.uint8),
+            tensor=self.tensor,
+            offsets=self.offsets,
+            sizes=self.sizes,
+            unit=self.unit,
+        )
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Layout:
+        """Inverse of `to_bytes`. Raises ValueError where the bytes are truncated or rows do not fit the tensors."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as z:
+                head = json.loads(z["head"].tobytes())
+                arrays = [z[k] for k in ("tensor", "offsets", "sizes", "unit")]
+        except Exception as error:
+            raise ValueError(f"layout refused: {len(data)} bytes do not decode ({error})") from error
+        table = {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head}
+        layout = cls(tuple(table), tuple(table.values()), *arrays)
+        rows = [(layout.fqn(i), layout.region(i)) for i in range(len(layout))]
+        return cls.from_regions(rows, table, layout.unit.tolist()) if rows else layout
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the wire form; equal for replicas."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
