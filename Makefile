@@ -1,0 +1,50 @@
+# The commands of a developer. `make grpo` and `make test` set up what they need; both work from a clean clone.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Where torch's CPU wheel comes from when pip's own configuration does not find one.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps
+ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup grpo grpo-moe test lint clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## Create .venv and install the pinned CPU stack and the package
+
+$(STAMP): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; pass PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V), but Python 3.11 or 3.12 is needed; pass PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the CPU stack into $(VENV) (about 3 GB)"
+	@$(PIP_INSTALL) -r requirements/torch-cpu.txt || { \
+	  echo "pip's own index has no CPU build of torch; trying $(TORCH_CPU_INDEX)"; \
+	  $(PIP_INSTALL) --index-url $(TORCH_CPU_INDEX) -r requirements/torch-cpu.txt; }
+	@$(PIP_INSTALL) -r requirements/cpu.txt
+	@$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+grpo: setup ## Train the dense model with GRPO (more overrides: ARGS="key=value ...")
+	$(BIN)/python examples/run_grpo.py --config examples/configs/grpo_qwen3_tiny_cpu.yaml $(ARGS)
+
+grpo-moe: setup ## Train the mixture-of-experts model with GRPO
+	$(BIN)/python examples/run_grpo.py --config examples/configs/grpo_qwen3_moe_tiny_cpu.yaml $(ARGS)
+
+lint: setup ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## Style, types and all tests (more pytest options: PYTEST_ARGS="-k loss")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean: ## Remove the environment, caches and outputs
+	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
