@@ -1,0 +1,101 @@
+"""Small facts between ranks, through a TCPStore that the driver hosts: gathers with deadlines, and one abort flag."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from nemo_rl.refit.base import World
+from nemo_rl.refit.errors import RefitError, TransferError
+
+_ABORT = "abort"
+
+
+class Control:
+    """The control plane of one session, as one rank sees it.
+
+    Args:
+        rank, world: who this is.
+        host, port: of the driver's store.
+        deadline_s: longest wait for any rank in any gather.
+
+    Raises:
+        TransferError: the store cannot be reached.
+    """
+
+    def __init__(self, rank: int, world: World, host: str, port: int, deadline_s: float) -> None:
+        self.rank, self.world, self.deadline_s = rank, world, deadline_s
+        try:
+            self.store = dist.TCPStore(
+                host, port, is_master=False, timeout=timedelta(seconds=deadline_s), wait_for_workers=False
+            )
+        except Exception as error:
+            raise TransferError(
+                f"the store at {host}:{port} did not answer within {deadline_s:g} s ({error})",
+                rank=rank,
+                phase="connect",
+                remedy="start the driver's TCPStore first and check that this host reaches it",
+            ) from error
+        self._sequence = 0
+        self._mine: list[str] = []
+
+    def gather(self, phase: str, payload: bytes, ranks: Iterable[int] | None = None) -> dict[int, bytes]:
+        """Publish `payload` and wait for the payloads of `ranks` (default: all). Every rank calls in the same order.
+
+        Raises:
+            TransferError: ranks that did not publish within the deadline, by name.
+            RefitError: another rank reported a failure; its text.
+        """
+        self._sequence += 1
+        self._publish(f"{self._sequence}/{self.rank}", payload)
+        wanted = list(range(self.world.size)) if ranks is None else sorted(ranks)
+        end = time.monotonic() + self.deadline_s
+        missing = set(wanted)
+        pause = 0.0005
+        while missing:
+            missing -= {r for r in missing if self.store.check([f"{self._sequence}/{r}"])}
+            if missing:
+                self.raise_if_aborted(phase)
+                if time.monotonic() > end:
+                    self._give_up(phase, sorted(missing))
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+        return {r: self.store.get(f"{self._sequence}/{r}") for r in wanted}
+
+    def abort(self, error: RefitError) -> None:
+        """Tell all ranks that this session failed; the first report stays."""
+        text = f"{self.world.describe(error.rank)} failed in phase '{error.phase}': {error.detail}"
+        try:
+            self.store.compare_set(_ABORT, "", text)
+        except RuntimeError:
+            return  # the store is gone and with it whoever could read the report
+
+    def raise_if_aborted(self, phase: str) -> None:
+        """Raises RefitError with the first failure that a rank reported."""
+        if self.store.check([_ABORT]):
+            raise RefitError(
+                self.store.get(_ABORT).decode(),
+                rank=self.rank,
+                phase=phase,
+                remedy="see that rank's error; remake the session",
+            )
+
+    def _publish(self, key: str, payload: bytes) -> None:
+        # A gather ends only when every rank has published, so whoever publishes number n has read all of n - 1;
+        # everybody has read n - 2 by then.
+        if len(self._mine) >= 2:
+            self.store.delete_key(self._mine.pop(0))
+        self.store.set(key, payload)
+        self._mine.append(key)
+
+    def _give_up(self, phase: str, missing: list[int]) -> None:
+        names = ", ".join(self.world.describe(r) for r in missing)
+        raise TransferError(
+            f"waited {self.deadline_s:g} s for {names}",
+            rank=self.rank,
+            phase=phase,
+            remedy="look at those ranks' logs: they died, hang, or never called this refit",
+        )

@@ -1,0 +1,94 @@
+"""Tensors that travel whole: gathered into packed buffers at one trainer, broadcast, given to the engine's loader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.plan import MiscBuffer, RefitPlan
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import Transport
+
+
+def root_layout(plan: RefitPlan) -> Layout:
+    """The root's destinations: every misc tensor whole; the landing unit is the packed buffer it travels in."""
+    unit_of = {fqn: i for i, buffer in enumerate(plan.misc_buffers) for fqn in buffer.fqns}
+    rows = [(fqn, Region.whole(plan.table[fqn].shape)) for fqn in plan.misc_fqns]
+    return Layout.from_regions(rows, plan.table, [unit_of[fqn] for fqn in plan.misc_fqns])
+
+
+def audience(plan: RefitPlan) -> tuple[int, ...]:
+    """Ranks of the misc broadcast: the root and every generator."""
+    return (plan.misc_root, *plan.world.generators)
+
+
+def unpack(plan: RefitPlan, buffer: MiscBuffer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views of the whole tensors inside a packed uint8 buffer."""
+    out = {}
+    for fqn, start in zip(buffer.fqns, buffer.offsets, strict=True):
+        meta = plan.table[fqn]
+        out[fqn] = memory[start : start + meta.num_bytes].view(meta.dtype).view(meta.shape)
+    return out
+
+
+class RootSink:
+    """The root's landing: a unit is a packed buffer, which leaves as a broadcast when it is whole."""
+
+    def __init__(self, plan: RefitPlan, transport: Transport, deadline_s: float) -> None:
+        self._plan, self._transport = plan, transport
+        self._end = time.monotonic() + deadline_s
+        self._row = {fqn: i for i, fqn in enumerate(plan.misc_fqns)}
+        self._open: dict[int, torch.Tensor] = {}
+        self.staging_bytes = 0
+        self.sent_bytes = 0
+
+    def open(self, unit: int) -> Mapping[int, torch.Tensor]:
+        buffer = self._plan.misc_buffers[unit]
+        self._open[unit] = torch.empty(buffer.num_bytes, dtype=torch.uint8)
+        self.staging_bytes = max(self.staging_bytes, sum(m.nbytes for m in self._open.values()))
+        return {self._row[f]: view for f, view in unpack(self._plan, buffer, self._open[unit]).items()}
+
+    def close(self, unit: int) -> None:
+        memory = self._open.pop(unit)
+        work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
+        work.wait(self._end - time.monotonic())
+        self.sent_bytes += memory.nbytes
+
+
+class Receiver:
+    """A generator's end: yields whole tensors as buffers arrive and keeps the digests of what arrived."""
+
+    def __init__(self, plan: RefitPlan, transport: Transport, deadline_s: float, verify: bool) -> None:
+        self._plan, self._transport, self._verify = plan, transport, verify
+        self._end = time.monotonic() + deadline_s
+        self.digests: dict[int, int] = {}
+        self.staging_bytes = 0
+        self.received_bytes = 0
+
+    def tensors(self, on_buffer: Callable[[], None] = lambda: None) -> Iterator[tuple[str, torch.Tensor]]:
+        """All misc tensors in plan order; a tensor's memory is reused after its buffer's last tensor."""
+        largest = max((b.num_bytes for b in self._plan.misc_buffers), default=0)
+        self.staging_bytes = largest
+        for buffer in self._plan.misc_buffers:
+            memory = torch.empty(buffer.num_bytes, dtype=torch.uint8)
+            work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
+            work.wait(self._end - time.monotonic())
+            self.received_bytes += buffer.num_bytes
+            on_buffer()
+            tensors = unpack(self._plan, buffer, memory)
+            if self._verify:
+                self._digest(tensors)
+            yield from tensors.items()
+
+    def _digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        copies = self._plan.misc
+        ids = [i for i, name in enumerate(self._plan.names) if name in tensors]
+        for index in np.flatnonzero(np.isin(copies.tensor, ids)).tolist():
+            region = self._plan.region(copies, index)
+            full = tensors[self._plan.names[copies.tensor[index]]]
+            self.digests[index] = digest_view(full[region.slices_in(Region.whole(tuple(full.shape)))], region)

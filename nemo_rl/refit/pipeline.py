@@ -1,0 +1,255 @@
+"""Runs one rank's part of a plan: bounded messages out of source views and into landing units."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import Pending, Transport, as_bytes
+
+
+class Sink(Protocol):
+    """Where bytes land: opens a unit's views, takes the unit back when all its bytes are there."""
+
+    def open(self, unit: int) -> Mapping[int, torch.Tensor]: ...
+
+    def close(self, unit: int) -> None: ...
+
+
+class Slots:
+    """Reusable message buffers of one direction, made on first use; `num_bytes` is their high-water."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._free: deque[torch.Tensor] = deque(torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count))
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """A buffer of at least `num_bytes`; the pipeline's window never asks for more than there are."""
+        slot = self._free.popleft()
+        if slot.numel() < num_bytes:
+            self.num_bytes += num_bytes - slot.numel()
+            slot = torch.empty(num_bytes, dtype=torch.uint8, device=slot.device)
+        return slot
+
+    def give(self, slot: torch.Tensor) -> None:
+        self._free.append(slot)
+
+
+class Tracker:
+    """Which landing units of this rank are open, what still has to land in them, and the digests of what landed.
+
+    Args:
+        plan, copies: the plan and the table of it that lands here.
+        rank: this rank.
+        layout: of this rank's destinations (row -> region and unit).
+        sink: opens and closes units.
+        verify: take digests of load-format bytes before a unit closes.
+    """
+
+    def __init__(
+        self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, sink: Sink, verify: bool
+    ) -> None:
+        self._plan, self._copies, self._layout, self._sink, self._verify = plan, copies, layout, sink, verify
+        self._mine = np.flatnonzero(copies.dst_rank == rank)
+        self._unit_of = layout.unit[copies.dst_row[self._mine]]
+        units, counts = np.unique(self._unit_of, return_counts=True)
+        self._left = dict(zip(units.tolist(), counts.tolist(), strict=True))
+        self._views: dict[int, Mapping[int, torch.Tensor]] = {}
+        self.digests: dict[int, int] = {}
+        self.finished: set[int] = set()
+
+    def view(self, index: int) -> torch.Tensor:
+        """Destination view of copy `index`."""
+        row = int(self._copies.dst_row[index])
+        region = self._plan.region(self._copies, index)
+        return self.row_view(row)[region.slices_in(self._layout.region(row))]
+
+    def row_view(self, row: int) -> torch.Tensor:
+        unit = int(self._layout.unit[row])
+        if unit not in self._views:
+            self._views[unit] = self._sink.open(unit)
+        return self._views[unit][row]
+
+    def landed(self, indices: Sequence[int]) -> None:
+        """Copies `indices` are in place; closes every unit that is whole."""
+        for index in indices:
+            unit = int(self._layout.unit[self._copies.dst_row[index]])
+            self._left[unit] -= 1
+            if self._left[unit] == 0:
+                self._close(unit)
+
+    def _close(self, unit: int) -> None:
+        if self._verify:
+            for index in self._mine[self._unit_of == unit].tolist():
+                self.digests[index] = digest_view(self.view(index), self._plan.region(self._copies, index))
+        self._views.pop(unit)
+        self._sink.close(unit)
+        self.finished.add(unit)
+
+    @property
+    def unfinished(self) -> dict[int, int]:
+        """unit -> copies that did not land."""
+        return {u: n for u, n in self._left.items() if n}
+
+
+@dataclass
+class Traffic:
+    """What one rank moved over the wire, and the message buffers that it took."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    staging_bytes: int = 0
+
+
+@dataclass
+class _Flight:
+    message: Message
+    pending: Pending
+    slot: torch.Tensor | None
+    buffer: torch.Tensor
+
+
+@dataclass
+class Pipeline:
+    """Moves one table of copies over a transport, with at most `num_streams` messages in flight each way.
+
+    Every rank starts its messages in plan order and waits for its oldest one before it starts one too many, so a wait
+    only ever depends on messages of earlier rounds: no cycle, no deadlock.
+    """
+
+    plan: RefitPlan
+    rank: int
+    transport: Transport
+    num_streams: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self._out = Slots(self.num_streams, self.device)
+        self._in = Slots(self.num_streams, self.device)
+
+    def run(
+        self,
+        copies: CopyTable,
+        src_view: Callable[[int, Region], torch.Tensor],
+        tracker: Tracker | None,
+        deadline_s: float,
+    ) -> Traffic:
+        """Send and receive this rank's messages of `copies`.
+
+        Args:
+            src_view: (source row, region) -> view of exactly that region in this rank's storage.
+            tracker: where copies land; None for a rank that receives nothing.
+            deadline_s: for the whole run.
+
+        Raises:
+            TransferError: naming round, peer and parameter.
+        """
+        end = time.monotonic() + deadline_s
+        traffic = Traffic()
+        sending: deque[_Flight] = deque()
+        receiving: deque[_Flight] = deque()
+        for message in copies.messages_of(self.rank):
+            if message.src_rank == message.dst_rank:
+                assert tracker is not None
+                self._copy_locally(copies, message, src_view, tracker)
+            elif message.src_rank == self.rank:
+                if len(sending) == self.num_streams:
+                    self._sent(sending.popleft(), copies, end)
+                sending.append(self._send(copies, message, src_view))
+                traffic.sent_bytes += message.num_bytes
+            else:
+                assert tracker is not None
+                if len(receiving) == self.num_streams:
+                    self._received(receiving.popleft(), copies, tracker, end)
+                receiving.append(self._recv(copies, message, tracker))
+                traffic.received_bytes += message.num_bytes
+        for flight in receiving:
+            assert tracker is not None
+            self._received(flight, copies, tracker, end)
+        for flight in sending:
+            self._sent(flight, copies, end)
+        traffic.staging_bytes = self._out.num_bytes + self._in.num_bytes
+        return traffic
+
+    def _send(
+        self, copies: CopyTable, message: Message, src_view: Callable[[int, Region], torch.Tensor]
+    ) -> _Flight:
+        views = [src_view(int(copies.src_row[i]), self.plan.region(copies, i)) for i in range(message.lo, message.hi)]
+        if len(views) == 1 and views[0].is_contiguous():
+            slot, buffer = None, as_bytes(views[0])
+        else:
+            slot = self._out.take(message.num_bytes)
+            buffer = slot[: message.num_bytes]
+            for part, view in zip(_parts(buffer, views), views, strict=True):
+                part.copy_(view)
+        return _Flight(message, self.transport.send(buffer, message.dst_rank, message.index), slot, buffer)
+
+    def _recv(self, copies: CopyTable, message: Message, tracker: Tracker) -> _Flight:
+        slot = None
+        if message.hi - message.lo == 1 and (view := tracker.view(message.lo)).is_contiguous():
+            buffer = as_bytes(view)
+        else:
+            slot = self._in.take(message.num_bytes)
+            buffer = slot[: message.num_bytes]
+        return _Flight(message, self.transport.recv(buffer, message.src_rank, message.index), slot, buffer)
+
+    def _sent(self, flight: _Flight, copies: CopyTable, end: float) -> None:
+        self._wait(flight, copies, end)
+        if flight.slot is not None:
+            self._out.give(flight.slot)
+
+    def _received(self, flight: _Flight, copies: CopyTable, tracker: Tracker, end: float) -> None:
+        self._wait(flight, copies, end)
+        indices = range(flight.message.lo, flight.message.hi)
+        if flight.slot is not None:
+            views = [tracker.view(i) for i in indices]
+            for part, view in zip(_parts(flight.buffer, views), views, strict=True):
+                view.copy_(part)
+            self._in.give(flight.slot)
+        tracker.landed(indices)
+
+    def _copy_locally(
+        self,
+        copies: CopyTable,
+        message: Message,
+        src_view: Callable[[int, Region], torch.Tensor],
+        tracker: Tracker,
+    ) -> None:
+        for i in range(message.lo, message.hi):
+            tracker.view(i).copy_(src_view(int(copies.src_row[i]), self.plan.region(copies, i)))
+        tracker.landed(range(message.lo, message.hi))
+
+    def _wait(self, flight: _Flight, copies: CopyTable, end: float) -> None:
+        try:
+            flight.pending.wait(end - time.monotonic())
+        except RuntimeError as error:
+            message = flight.message
+            sends = message.src_rank == self.rank
+            peer = self.plan.world.describe(message.dst_rank if sends else message.src_rank)
+            first = self.plan.copy(copies, message.lo)
+            raise TransferError(
+                f"{'sending to' if sends else 'receiving from'} {peer} in round {message.round} "
+                f"({message.hi - message.lo} copies, {message.num_bytes} bytes, first {first.fqn} {first.region}): {error}",
+                rank=self.rank,
+                phase="transfer",
+                remedy=f"check whether {peer} is alive and reachable; remake the session",
+            ) from error
+
+
+def _parts(buffer: torch.Tensor, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The buffer cut into one dense tensor for each view, of its dtype and shape."""
+    sizes = [v.numel() * v.element_size() for v in views]
+    return [
+        part.view(view.dtype).view(view.shape) for part, view in zip(buffer.split(sizes), views, strict=True)
+    ]

@@ -1,0 +1,214 @@
+"""The plan of a refit: immutable, comparable by digest, provable, and independent of models and transports."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from nemo_rl.refit.base import World
+from nemo_rl.refit.layout import TensorMeta, TensorTable
+from nemo_rl.refit.region import Region
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One movement of the join: `region` of `fqn` goes from a row of `src_rank`'s layout to one of `dst_rank`'s."""
+
+    fqn: str
+    region: Region
+    src_rank: int
+    src_row: int
+    dst_rank: int
+    dst_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One transfer of at most a bucket: copies `lo .. hi - 1` of a table, same pair and item size, densely packed."""
+
+    index: int
+    round: int
+    src_rank: int
+    dst_rank: int
+    lo: int
+    hi: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class CopyTable:
+    """Copies in message order and the messages that carry them, columnar.
+
+    Copy arrays have one entry a copy (`offsets`, `sizes`: one row); `messages` has the columns round, src_rank,
+    dst_rank, lo, hi, num_bytes. Within a round every rank sends at most one message and receives at most one.
+    """
+
+    tensor: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    src_rank: np.ndarray
+    src_row: np.ndarray
+    dst_rank: np.ndarray
+    dst_row: np.ndarray
+    messages: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def message(self, index: int) -> Message:
+        return Message(index, *(int(x) for x in self.messages[index]))
+
+    def messages_of(self, rank: int) -> list[Message]:
+        """Messages that `rank` sends or receives, in the order in which it must start them."""
+        mine = np.flatnonzero((self.messages[:, 1] == rank) | (self.messages[:, 2] == rank))
+        return [self.message(int(i)) for i in mine]
+
+    @property
+    def num_rounds(self) -> int:
+        return int(self.messages[:, 0].max()) + 1 if len(self.messages) else 0
+
+    def wire_bytes(self, rank: int) -> tuple[int, int]:
+        """Bytes that `rank` sends to and receives from other ranks."""
+        m = self.messages[self.messages[:, 1] != self.messages[:, 2]]
+        return int(m[m[:, 1] == rank, 5].sum()), int(m[m[:, 2] == rank, 5].sum())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
+class MiscBuffer:
+    """Whole tensors that travel together in one packed broadcast; `offsets[i]` is the byte offset of `fqns[i]`."""
+
+    fqns: tuple[str, ...]
+    offsets: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class RefitPlan:
+    """Every byte's way from the trainers to the generators.
+
+    Attributes:
+        world: the ranks.
+        table: every tensor that travels.
+        bulk: copies from shard to shard.
+        misc: copies that gather whole tensors at `misc_root`, row i of whose virtual layout is `misc_fqns[i]`.
+        misc_buffers: what `misc_root` broadcasts to the generators, in order.
+        misc_reasons: fqn -> why it is not bulk.
+        unused: fqn -> why no generator takes it.
+        required_bytes: bytes of every generator's bulk destinations, each counted once: no plan moves fewer.
+        bucket_bytes: limit of a message.
+    """
+
+    world: World
+    table: TensorTable
+    bulk: CopyTable
+    misc: CopyTable
+    misc_fqns: tuple[str, ...]
+    misc_buffers: tuple[MiscBuffer, ...]
+    misc_reasons: Mapping[str, str]
+    required_bytes: int
+    bucket_bytes: int
+    unused: Mapping[str, str] = field(default_factory=dict)
+    misc_root: int = 0
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.table)
+
+    def region(self, copies: CopyTable, index: int) -> Region:
+        ndim = len(self.table[self.names[copies.tensor[index]]].shape)
+        offsets, sizes = copies.offsets[index, :ndim], copies.sizes[index, :ndim]
+        return Region(tuple(map(int, offsets)), tuple(map(int, sizes)))
+
+    def copy(self, copies: CopyTable, index: int) -> Copy:
+        ends = (copies.src_rank, copies.src_row, copies.dst_rank, copies.dst_row)
+        fqn = self.names[copies.tensor[index]]
+        return Copy(fqn, self.region(copies, index), *(int(column[index]) for column in ends))
+
+    @cached_property
+    def bulk_bytes(self) -> int:
+        """Bytes of all bulk copies, those within a rank included."""
+        return int(self.bulk.messages[:, 5].sum())
+
+    @cached_property
+    def misc_bytes(self) -> int:
+        """Payload bytes of one pass of the misc broadcast."""
+        return sum(self.table[f].num_bytes for f in self.misc_fqns)
+
+    def to_bytes(self) -> bytes:
+        """Wire form; equal plans have equal bytes."""
+        head = {
+            "world": [self.world.num_trainers, self.world.num_generators],
+            "table": [[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in self.table.items()],
+            "misc_fqns": self.misc_fqns,
+            "misc_buffers": [[b.fqns, b.offsets, b.num_bytes] for b in self.misc_buffers],
+            "misc_reasons": sorted(self.misc_reasons.items()),
+            "unused": sorted(self.unused.items()),
+            "numbers": [self.required_bytes, self.bucket_bytes, self.misc_root],
+        }
+        arrays = {f"{part}.{k}": v for part in ("bulk", "misc") for k, v in getattr(self, part).arrays().items()}
+        out = io.BytesIO()
+        np.savez(out, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RefitPlan:
+        """Inverse of `to_bytes`. Raises ValueError where the bytes are truncated."""
+        import torch
+
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as z:
+                head = json.loads(z["head"].tobytes())
+                parts = [
+                    CopyTable(**{k: z[f"{part}.{k}"] for k in CopyTable.__dataclass_fields__})
+                    for part in ("bulk", "misc")
+                ]
+        except Exception as error:
+            raise ValueError(f"plan refused: {len(data)} bytes do not decode ({error})") from error
+        required, bucket, root = head["numbers"]
+        return cls(
+            World(*head["world"]),
+            {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head["table"]},
+            *parts,
+            tuple(head["misc_fqns"]),
+            tuple(MiscBuffer(tuple(f), tuple(o), n) for f, o, n in head["misc_buffers"]),
+            dict(head["misc_reasons"]),
+            required,
+            bucket,
+            dict(head["unused"]),
+            root,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the wire form; ranks compare it before any of them moves a byte."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def describe(self) -> str:
+        """A few lines for a log: what travels, how, and who is the busiest."""
+        lines = [
+            f"refit plan {self.digest[:12]}: {self.world.num_trainers} trainers -> {self.world.num_generators} generators, "
+            f"{len(self.table)} tensors",
+            f"  bulk: {len(self.bulk)} copies, {len(self.bulk.messages)} messages, {self.bulk.num_rounds} rounds, "
+            f"{self.bulk_bytes / 1e6:.2f} MB (required {self.required_bytes / 1e6:.2f} MB)",
+            f"  misc: {len(self.misc_fqns)} tensors, {len(self.misc_buffers)} buffers, {self.misc_bytes / 1e6:.2f} MB",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for fqn, reason in self.misc_reasons.items():
+            reasons.setdefault(reason, []).append(fqn)
+        lines += [f"    {len(f)} tensors ({f[0]}, ...): {reason}" for reason, f in reasons.items()]
+        lines += [f"  unused: {fqn}: {reason}" for fqn, reason in self.unused.items()]
+        for rank in range(self.world.size):
+            sent, received = self.bulk.wire_bytes(rank)
+            lines.append(
+                f"  {self.world.describe(rank)}: sends {sent / 1e6:.2f} MB, receives {received / 1e6:.2f} MB in bulk"
+            )
+        return "\n".join(lines)

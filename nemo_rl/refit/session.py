@@ -1,0 +1,403 @@
+"""The refit service as one rank sees it: declare, plan, agree, transfer, verify, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_rl.refit import misc
+from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
+from nemo_rl.refit.control import Control
+from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
+from nemo_rl.refit.layout import Holding, Layout, TensorTable, natural_order
+from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
+from nemo_rl.refit.plan import CopyTable, RefitPlan
+from nemo_rl.refit.planner import Refusal, plan_refit
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import Transport
+from nemo_rl.refit.transports.gloo import GlooTransport
+from nemo_rl.refit.transports.golden import run_golden
+from nemo_rl.refit.wire import pack_declaration, pack_source, unpack_declaration, unpack_source
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ("auto", "gloo", "golden", "broadcast")
+"""Names that a session takes; `auto` is `gloo` where tensors are on the CPU."""
+
+
+class RefitSession:
+    """One rank's end of the service. Every rank makes one and calls the same methods in the same order.
+
+    Args:
+        rank: in `world`; trainers come first.
+        world: the ranks.
+        store: (host, port) of a TCPStore that the driver hosts for this session alone.
+        options: equal on all ranks (checked).
+        source: on a trainer, what it holds.
+        landing: on a generator, where it lands.
+        transport: an opened transport to use instead of the one that `options` names (simulated ranks).
+
+    A session that failed once is poisoned: every later call raises PoisonedError with the first failure.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: World,
+        store: tuple[str, int],
+        options: RefitOptions,
+        source: Source | None = None,
+        landing: Landing | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        if (source is None) == (landing is None) or (source is not None) != (rank in world.trainers):
+            raise ValueError(f"{world.describe(rank)} takes {'a source' if rank in world.trainers else 'a landing'}")
+        if options.transport not in TRANSPORTS:
+            raise ValueError(f"transport '{options.transport}' is not one of {', '.join(TRANSPORTS)}")
+        self.rank, self.world, self.options = rank, world, options
+        self._address, self._source, self._landing = store, source, landing
+        self._given_transport = transport
+        self._failure: RefitError | None = None
+        self._version: int | None = None
+        self._phase = "connect"
+        self._phase_s: dict[str, float] = {}
+        self._plan: RefitPlan | None = None
+        self._holdings: list[Holding] = []
+
+    # ---- declare, plan, agree
+
+    def connect(self) -> None:
+        """Reach the store and every peer. Raises TransferError, naming who did not answer."""
+        with self._guarded("connect"):
+            deadline = self.options.deadline_s
+            self._control = Control(self.rank, self.world, *self._address, deadline)
+            self._control.gather("connect", self._mode().encode())
+            self._transport = self._given_transport or GlooTransport(
+                self._control.store, self.rank, self.world.size, deadline
+            )
+            self._pipeline: Pipeline | None = None
+
+    def plan(self) -> RefitPlan:
+        """Declare this rank's layout, join all layouts, prove the plan and agree on it.
+
+        Raises:
+            PlanError: the layouts do not join; every violation by name.
+            AgreementError: ranks hold different plans or options.
+        """
+        with self._guarded("declare"):
+            table, sources, unused = self._declare_sources()
+            declarations = self._declare_landings(table)
+        with self._guarded("plan"):
+            self._plan = self._join(table, sources, declarations, unused)
+            self._sources, self._declarations = sources, declarations
+            if self.rank == 0:
+                log.info("%s", self._plan.describe())
+        with self._guarded("agree"):
+            self._agree(self._statement())
+            self._pipeline = Pipeline(self._plan, self.rank, self._transport, self.options.num_streams)
+        return self._plan
+
+    def _declare_sources(self) -> tuple[TensorTable, dict[int, Layout], dict[str, str]]:
+        payload = b""
+        if self._source is not None:
+            table = self._source.table()
+            self._holdings = list(self._source.holdings())
+            layout = Layout.from_holdings(self._holdings, table)
+            payload = pack_source(table, layout, self._source.unused())
+        said = {r: unpack_source(b) for r, b in self._exchange("declare", payload).items() if r in self.world.trainers}
+        table = said[0][0]
+        differ = [r for r, (other, _, _) in said.items() if other != table]
+        if differ:
+            names = ", ".join(self.world.describe(r) for r in differ)
+            raise PlanError(
+                f"the tensor table of {names} is not that of {self.world.describe(0)}",
+                rank=self.rank,
+                phase="declare",
+                remedy="all trainer ranks must build the same model",
+            )
+        unused = {name: reason for _, _, given in said.values() for name, reason in given.items()}
+        ordered = {name: table[name] for name in natural_order(table)}
+        return ordered, {r: layout for r, (_, layout, _) in said.items()}, unused
+
+    def _declare_landings(self, table: TensorTable) -> dict[int, Declaration]:
+        payload = b"" if self._landing is None else pack_declaration(self._landing.declare(table))
+        said = self._exchange("declare", payload)
+        return {r: unpack_declaration(said[r]) for r in self.world.generators}
+
+    def _join(
+        self,
+        table: TensorTable,
+        sources: Mapping[int, Layout],
+        declarations: Mapping[int, Declaration],
+        unused: Mapping[str, str],
+    ) -> RefitPlan:
+        try:
+            return plan_refit(
+                self.world,
+                sources,
+                declarations,
+                table,
+                bucket_bytes=self.options.bucket_bytes,
+                all_misc="conventional refit" if self._mode() == "broadcast" else None,
+                unused=unused,
+            )
+        except Refusal as error:
+            raise PlanError(
+                str(error), rank=self.rank, phase="plan", remedy="make the named layouts meet; nothing was moved"
+            ) from error
+
+    def _mode(self) -> str:
+        return "gloo" if self.options.transport == "auto" else self.options.transport
+
+    def _statement(self) -> dict[str, str]:
+        assert self._plan is not None
+        dtypes = json.dumps([str(m.dtype) for m in self._plan.table.values()])
+        return {
+            "plan digest": self._plan.digest,
+            "dtype table": hashlib.sha256(dtypes.encode()).hexdigest(),
+            "transport": self._mode(),
+            "options": repr(self.options),
+        }
+
+    def _agree(self, statement: Mapping[str, Any]) -> None:
+        """All ranks say the same, or nobody enters a transfer."""
+        said = {r: json.loads(b) for r, b in self._exchange("agree", json.dumps(statement).encode()).items()}
+        differ = [
+            f"{self.world.describe(r)} has {key} {other.get(key)}, {self.world.describe(0)} has {said[0].get(key)}"
+            for r, other in said.items()
+            for key in sorted(set(other) | set(said[0]))
+            if other.get(key) != said[0].get(key)
+        ]
+        if differ:
+            raise AgreementError(
+                "; ".join(differ),
+                rank=self.rank,
+                phase="agree",
+                remedy="start all ranks from the same configuration, model and code",
+            )
+
+    # ---- transfer, verify, commit
+
+    def refit(self, version: int) -> RefitReport:
+        """Move the trainers' weights into the generators and commit them as `version`.
+
+        Versions only grow. On success every generator serves `version`; on any error none was committed, the generator
+        refuses to serve, and the session is poisoned.
+
+        Raises:
+            AgreementError: ranks disagree on version or plan.
+            TransferError: a peer died or a deadline passed; rank, phase, round, peer and parameter.
+            VerificationError: bytes differ; parameter, region and both ranks.
+        """
+        if self._plan is None:
+            raise RuntimeError("call plan() before refit()")
+        started = time.monotonic()
+        self._phase_s = {}
+        with self._guarded("agree"):
+            if self._version is not None and version <= self._version:
+                raise AgreementError(
+                    f"version {version} was asked for after version {self._version} was committed",
+                    rank=self.rank,
+                    phase="agree",
+                    remedy="refit with a version above the committed one",
+                )
+            self._agree({"plan digest": self._plan.digest, "version": version})
+        if self._landing is not None:
+            with self._guarded("begin"):
+                self._landing.begin(version)
+        with self._guarded("transfer"):
+            bulk, bulk_digests = self._move_bulk()
+        with self._guarded("misc"):
+            packed, misc_digests = self._move_misc()
+        with self._guarded("verify"):
+            self._verify(bulk_digests, misc_digests)
+        with self._guarded("commit"):
+            self._commit(version)
+        return RefitReport(
+            version=version,
+            transport=self._mode(),
+            verified=self.options.verify,
+            total_s=time.monotonic() - started,
+            phase_s=dict(self._phase_s),
+            bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
+            misc_bytes=packed.sent_bytes + packed.received_bytes,
+            staging_bytes=bulk.staging_bytes + packed.staging_bytes,
+        )
+
+    def close(self) -> None:
+        """Give up connections; idempotent."""
+        if self._given_transport is None and self._phase != "connect" and self._transport is not None:
+            self._transport.close()
+        self._failure = self._failure or PoisonedError(
+            "the session was closed", rank=self.rank, phase="close", remedy="make a new session"
+        )
+
+    def _src_view(self, row: int, region: Region) -> torch.Tensor:
+        holding = self._holdings[row]
+        return holding.view[region.slices_in(holding.region)]
+
+    def _move_bulk(self) -> tuple[Traffic, dict[int, int]]:
+        assert self._plan is not None and self._pipeline is not None
+        tracker = None
+        if self._landing is not None:
+            layout = self._declarations[self.rank].layout
+            tracker = Tracker(self._plan, self._plan.bulk, self.rank, layout, self._landing, self.options.verify)
+        if self._mode() == "golden":
+            landing = None if tracker is None else (layout, tracker)
+            args = (self._plan, self.rank, self._transport, self._sources, self._holdings, landing)
+            traffic = run_golden(*args, self.options.deadline_s)
+        else:
+            traffic = self._pipeline.run(self._plan.bulk, self._src_view, tracker, self.options.deadline_s)
+        if tracker is not None and tracker.unfinished:
+            raise TransferError(
+                f"landing units {tracker.unfinished} (unit: copies) are incomplete",
+                rank=self.rank,
+                phase="transfer",
+                remedy="report this: the plan was proven complete",
+            )
+        return traffic, {} if tracker is None else tracker.digests
+
+    def _move_misc(self) -> tuple[Traffic, dict[int, int]]:
+        assert self._plan is not None and self._pipeline is not None
+        if not self._plan.misc_fqns:
+            return Traffic(), {}
+        deadline = self.options.deadline_s
+        if self._landing is not None:
+            receiver = misc.Receiver(self._plan, self._transport, deadline, self.options.verify)
+            self._landing.load_misc(receiver.tensors())
+            return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.digests
+        if self.rank != self._plan.misc_root:
+            return self._pipeline.run(self._plan.misc, self._src_view, None, deadline), {}
+        sink = misc.RootSink(self._plan, self._transport, deadline)
+        tracker = Tracker(self._plan, self._plan.misc, self.rank, misc.root_layout(self._plan), sink, verify=False)
+        traffic = self._pipeline.run(self._plan.misc, self._src_view, tracker, deadline)
+        traffic.sent_bytes += sink.sent_bytes
+        traffic.staging_bytes += sink.staging_bytes
+        return traffic, {}
+
+    def _verify(self, bulk: Mapping[int, int], packed: Mapping[int, int]) -> None:
+        """Compare digests of what trainers hold with digests of what landed, piece by piece."""
+        if not self.options.verify:
+            return
+        assert self._plan is not None
+        tables = (self._plan.bulk, self._plan.misc)
+        mine = np.concatenate([self._source_digests(table) for table in tables])
+        said = self._control.gather("verify", mine.tobytes() if self._source else b"", self.world.trainers)
+        if self._landing is None:
+            return
+        held = {r: np.frombuffer(b, np.int64) for r, b in said.items()}
+        wrong = [
+            *self._compare(tables[0], bulk, held, start=dict.fromkeys(held, 0)),
+            *self._compare(tables[1], packed, held, start=self._counts(tables[0])),
+        ]
+        if wrong:
+            shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+            raise VerificationError(
+                f"{len(wrong)} pieces differ from what the trainers hold: {shown}",
+                rank=self.rank,
+                phase="verify",
+                remedy="the version was not committed; find what wrote these bytes, then remake the session and refit",
+            )
+
+    def _counts(self, copies: CopyTable) -> dict[int, int]:
+        return {r: int((copies.src_rank == r).sum()) for r in self.world.trainers}
+
+    def _source_digests(self, copies: CopyTable) -> np.ndarray:
+        """Digest of every copy that this rank sends, in table order; equal pieces are read once."""
+        assert self._plan is not None
+        seen: dict[tuple[int, Region], int] = {}
+        out = []
+        for index in np.flatnonzero(copies.src_rank == self.rank).tolist():
+            key = (int(copies.src_row[index]), self._plan.region(copies, index))
+            if key not in seen:
+                seen[key] = digest_view(self._src_view(*key), key[1])
+            out.append(seen[key])
+        return np.array(out, np.int64)
+
+    def _compare(
+        self, copies: CopyTable, landed: Mapping[int, int], held: Mapping[int, np.ndarray], start: Mapping[int, int]
+    ) -> Iterator[str]:
+        assert self._plan is not None
+        position = np.zeros(len(copies), np.int64)
+        for rank in self.world.trainers:
+            rows = np.flatnonzero(copies.src_rank == rank)
+            position[rows] = start[rank] + np.arange(len(rows))
+        due = np.flatnonzero(copies.dst_rank == self.rank) if copies is self._plan.bulk else range(len(copies))
+        for index in (int(i) for i in due):
+            copy = self._plan.copy(copies, index)
+            want = int(held[copy.src_rank][position[index]])
+            if landed.get(index) != want:
+                yield (
+                    f"{copy.fqn} {copy.region}: {self.world.describe(copy.src_rank)} holds digest {want}, "
+                    f"{self.world.describe(self.rank)} has {landed.get(index)}"
+                )
+
+    def _commit(self, version: int) -> None:
+        """Finish on every rank, then commit on every rank."""
+        if self._landing is not None:
+            self._landing.finish()
+        self._control.gather("commit", str(version).encode())
+        if self._landing is not None:
+            self._landing.commit(version)
+        self._version = version
+
+    # ---- helpers
+
+    def _exchange(self, phase: str, payload: bytes) -> dict[int, bytes]:
+        """Gather where equal payloads (replicas' layouts) travel once: ranks pass hashes, blobs are stored by hash."""
+        key = hashlib.sha256(payload).hexdigest()
+        store = self._control.store
+        if not store.check([f"blob/{key}"]):
+            store.set(f"blob/{key}", payload)
+        keys = {r: b.decode() for r, b in self._control.gather(phase, key.encode()).items()}
+        blobs = {k: bytes(store.get(f"blob/{k}")) for k in set(keys.values())}
+        return {r: blobs[k] for r, k in keys.items()}
+
+    @contextmanager
+    def _guarded(self, phase: str) -> Iterator[None]:
+        """Time a phase; any failure becomes a RefitError, is told to all ranks, and poisons the session."""
+        if self._failure is not None:
+            raise PoisonedError(
+                f"the session failed before: {self._failure}", rank=self.rank, phase=phase, remedy="remake the session"
+            ) from self._failure
+        self._phase, started = phase, time.monotonic()
+        try:
+            yield
+        except RefitError as error:
+            self._fail(error)
+            raise
+        except Exception as error:
+            remedy = "see the cause above; remake the session"
+            wrapped = _PHASE_ERROR.get(phase, RefitError)(
+                f"{type(error).__name__}: {error}", rank=self.rank, phase=phase, remedy=remedy
+            )
+            self._fail(wrapped)
+            raise wrapped from error
+        self._phase_s[phase] = self._phase_s.get(phase, 0.0) + time.monotonic() - started
+
+    def _fail(self, error: RefitError) -> None:
+        self._failure = error
+        log.error("%s", error)
+        if self._phase != "connect":
+            self._control.abort(error)
+        if self._landing is not None:
+            self._landing.reject(str(error))
+
+
+_PHASE_ERROR: Mapping[str, type[RefitError]] = {
+    "connect": TransferError,
+    "declare": PlanError,
+    "plan": PlanError,
+    "transfer": TransferError,
+    "misc": TransferError,
+    "verify": VerificationError,
+}

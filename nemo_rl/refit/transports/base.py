@@ -1,0 +1,42 @@
+"""What a transport is: it moves bytes between ranks and knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Pending(Protocol):
+    """A transfer that was started."""
+
+    def wait(self, deadline_s: float) -> None:
+        """Block until the buffer may be used again. Raises RuntimeError where the peer failed or time ran out."""
+
+
+class Transport(Protocol):
+    """Point-to-point messages and a broadcast of uint8 buffers among the ranks of one session.
+
+    Both ends start the transfers between them in the same order. Buffers are contiguous and stay alive until waited
+    for.
+    """
+
+    name: str
+
+    def send(self, buffer: torch.Tensor, dst: int, tag: int) -> Pending:
+        """Start sending `buffer` (uint8, contiguous) to rank `dst`."""
+
+    def recv(self, buffer: torch.Tensor, src: int, tag: int) -> Pending:
+        """Start receiving into `buffer` (uint8, contiguous) from rank `src`."""
+
+    def broadcast(self, buffer: torch.Tensor, root: int, ranks: Sequence[int]) -> Pending:
+        """Start a broadcast of `buffer` from `root` among `ranks`; each of them calls it in the same order."""
+
+    def close(self) -> None:
+        """Give up connections; idempotent."""
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as a flat uint8 tensor, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
