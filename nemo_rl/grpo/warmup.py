@@ -1,0 +1,123 @@
+"""The start model: a small Qwen3 with random weights and a short supervised warm-up, made once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from nemo_rl.config import Config, DataConfig, StartModelConfig
+from nemo_rl.grpo.data import EOS, PAD, Task, byte_tokenizer, padded_vocab_size, save_tokenizer
+
+log = logging.getLogger(__name__)
+KINDS = ("dense", "moe")
+
+
+def start_model_path(config: Config) -> Path:
+    """Folder of the start model of these settings, made or not."""
+    settings = {"start_model": asdict(config.start_model), "data": asdict(config.data), "format": 1}
+    settings["length"] = config.policy.max_total_sequence_length
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.start_model.cache_dir) / name
+
+
+def ensure_start_model(config: Config) -> Path:
+    """Make the start model unless it is cached; returns its checkpoint folder.
+
+    A model appears under its name only when it is complete.
+    """
+    path = start_model_path(config)
+    if (path / "config.json").is_file():
+        log.info("start model: cached in %s", path)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=path.parent))
+    try:
+        model = warm_up(config.start_model, config.data, config.policy.max_total_sequence_length)
+        model.save_pretrained(work)
+        save_tokenizer(work)
+        os.chmod(work, 0o755)
+        os.replace(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    log.info("start model: made in %s", path)
+    return path
+
+
+def build_model(settings: StartModelConfig, max_length: int) -> Any:
+    """A randomly initialized transformers model, fp32, seeded."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = byte_tokenizer()
+    common: dict[str, Any] = dict(
+        vocab_size=padded_vocab_size(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=settings.tie_word_embeddings,
+        pad_token_id=tokenizer.token_to_id(PAD),
+        bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id(EOS),
+        dtype="float32",
+    )
+    torch.manual_seed(settings.seed)
+    if settings.kind == "dense":
+        return Qwen3ForCausalLM(Qwen3Config(**common))
+    moe = dict(
+        num_experts=settings.num_experts,
+        num_experts_per_tok=settings.num_experts_per_tok,
+        moe_intermediate_size=settings.moe_intermediate_size,
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe))
+
+
+def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> Any:
+    """Train on solved problems with AdamW, linear decay, and loss on the answers only."""
+    model = build_model(settings, max_length)
+    task = Task(data.task, data.min_items, data.max_items, settings.seed)
+    tokenizer = byte_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warmup_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step in range(settings.warmup_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.warmup_lr * min(1.0, (step + 1) / 20) * (1.0 - step / settings.warmup_steps)
+        input_ids, labels = _solved_batch(task, tokenizer, step, settings.warmup_batch_size)
+        logits = model(input_ids=input_ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            log.info("warm-up step %d/%d: loss %.4f", step + 1, settings.warmup_steps, loss.item())
+    return model.eval()
+
+
+def _solved_batch(task: Task, tokenizer: Tokenizer, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels (-100 where no loss is taken) of `count` solved problems; both `[count, L]`."""
+    eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
+    width = task.max_prompt_tokens + task.max_answer_tokens
+    input_ids = torch.full((count, width), pad)
+    labels = torch.full((count, width), -100)
+    for row in range(count):
+        problem = task.problem(f"warm-up {step}", row)
+        prompt = tokenizer.encode(problem.question, add_special_tokens=False).ids
+        answer = [*tokenizer.encode(problem.answer, add_special_tokens=False).ids, eos]
+        end = len(prompt) + len(answer)
+        input_ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return input_ids, labels
