@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch.distributed as dist
 
@@ -13,34 +14,38 @@ from nemo_rl.refit.errors import RefitError, TransferError
 
 _ABORT = "abort"
 
+Address: TypeAlias = "tuple[str, int] | dist.Store"
+
 
 class Control:
     """The control plane of one session, as one rank sees it.
 
     Args:
         rank, world: who this is.
-        host, port: of the driver's store.
+        store: (host, port) of the driver's TCPStore, or a store in hand.
         deadline_s: longest wait for any rank in any gather.
 
     Raises:
         TransferError: the store cannot be reached.
     """
 
-    def __init__(self, rank: int, world: World, host: str, port: int, deadline_s: float) -> None:
+    def __init__(self, rank: int, world: World, store: Address, deadline_s: float) -> None:
         self.rank, self.world, self.deadline_s = rank, world, deadline_s
+        self.store = store if isinstance(store, dist.Store) else self._reach(*store)
+        self._sequence = 0
+        self._mine: list[str] = []
+
+    def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
-            self.store = dist.TCPStore(
-                host, port, is_master=False, timeout=timedelta(seconds=deadline_s), wait_for_workers=False
-            )
+            timeout = timedelta(seconds=self.deadline_s)
+            return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         except Exception as error:
             raise TransferError(
-                f"the store at {host}:{port} did not answer within {deadline_s:g} s ({error})",
-                rank=rank,
+                f"the store at {host}:{port} did not answer within {self.deadline_s:g} s ({error})",
+                rank=self.rank,
                 phase="connect",
                 remedy="start the driver's TCPStore first and check that this host reaches it",
             ) from error
-        self._sequence = 0
-        self._mine: list[str] = []
 
     def gather(self, phase: str, payload: bytes, ranks: Iterable[int] | None = None) -> dict[int, bytes]:
         """Publish `payload` and wait for the payloads of `ranks` (default: all). Every rank calls in the same order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class TensorMeta:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 TensorTable = dict[str, TensorMeta]
@@ -86,7 +87,9 @@ class Layout:
         """
         bad = [f"{f}: not in the tensor table" for f, _ in rows if f not in table]
         bad += [
-            f"{f}: region {r} leaves shape {table[f].shape}" for f, r in rows if f in table and not r.fits(table[f].shape)
+            f"{f}: region {r} leaves shape {table[f].shape}"
+            for f, r in rows
+            if f in table and not r.fits(table[f].shape)
         ]
         if bad:
             raise ValueError("layout refused: " + "; ".join(bad))
@@ -106,7 +109,11 @@ class Layout:
     def from_holdings(
         cls, holdings: Sequence[Holding], table: TensorTable, units: Sequence[int] | None = None
     ) -> Layout:
-        """The layout of `holdings`; row i is holding i. Raises ValueError as `from_regions`, and on a dtype mismatch."""
+        """The layout of `holdings`; row i is holding i.
+
+        Raises:
+            ValueError: as `from_regions`, and where a view's dtype is not the declared one.
+        """
         bad = [
             f"{h.fqn}: held as {h.view.dtype}, declared {table[h.fqn].dtype}"
             for h in holdings
@@ -128,7 +135,7 @@ class Layout:
         return Region(tuple(map(int, self.offsets[row, :ndim])), tuple(map(int, self.sizes[row, :ndim])))
 
     def fqn(self, row: int) -> str:
-        return self.names[self.tensor[row]]
+        return self.names[int(self.tensor[row])]
 
     @cached_property
     def num_bytes(self) -> int:

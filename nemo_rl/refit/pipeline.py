@@ -57,9 +57,7 @@ class Tracker:
         verify: take digests of load-format bytes before a unit closes.
     """
 
-    def __init__(
-        self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, sink: Sink, verify: bool
-    ) -> None:
+    def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, sink: Sink, verify: bool) -> None:
         self._plan, self._copies, self._layout, self._sink, self._verify = plan, copies, layout, sink, verify
         self._mine = np.flatnonzero(copies.dst_rank == rank)
         self._unit_of = layout.unit[copies.dst_row[self._mine]]
@@ -182,9 +180,7 @@ class Pipeline:
         traffic.staging_bytes = self._out.num_bytes + self._in.num_bytes
         return traffic
 
-    def _send(
-        self, copies: CopyTable, message: Message, src_view: Callable[[int, Region], torch.Tensor]
-    ) -> _Flight:
+    def _send(self, copies: CopyTable, message: Message, src_view: Callable[[int, Region], torch.Tensor]) -> _Flight:
         views = [src_view(int(copies.src_row[i]), self.plan.region(copies, i)) for i in range(message.lo, message.hi)]
         if len(views) == 1 and views[0].is_contiguous():
             slot, buffer = None, as_bytes(views[0])
@@ -240,7 +236,8 @@ class Pipeline:
             first = self.plan.copy(copies, message.lo)
             raise TransferError(
                 f"{'sending to' if sends else 'receiving from'} {peer} in round {message.round} "
-                f"({message.hi - message.lo} copies, {message.num_bytes} bytes, first {first.fqn} {first.region}): {error}",
+                f"({message.hi - message.lo} copies, {message.num_bytes} bytes, first {first.fqn} {first.region}): "
+                f"{error}",
                 rank=self.rank,
                 phase="transfer",
                 remedy=f"check whether {peer} is alive and reachable; remake the session",
@@ -250,6 +247,4 @@ class Pipeline:
 def _parts(buffer: torch.Tensor, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The buffer cut into one dense tensor for each view, of its dtype and shape."""
     sizes = [v.numel() * v.element_size() for v in views]
-    return [
-        part.view(view.dtype).view(view.shape) for part, view in zip(buffer.split(sizes), views, strict=True)
-    ]
+    return [part.view(view.dtype).view(view.shape) for part, view in zip(buffer.split(sizes), views, strict=True)]

@@ -167,17 +167,18 @@ class RefitPlan:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as z:
                 head = json.loads(z["head"].tobytes())
-                parts = [
+                bulk, misc = (
                     CopyTable(**{k: z[f"{part}.{k}"] for k in CopyTable.__dataclass_fields__})
                     for part in ("bulk", "misc")
-                ]
+                )
         except Exception as error:
             raise ValueError(f"plan refused: {len(data)} bytes do not decode ({error})") from error
         required, bucket, root = head["numbers"]
         return cls(
             World(*head["world"]),
             {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head["table"]},
-            *parts,
+            bulk,
+            misc,
             tuple(head["misc_fqns"]),
             tuple(MiscBuffer(tuple(f), tuple(o), n) for f, o, n in head["misc_buffers"]),
             dict(head["misc_reasons"]),
@@ -195,8 +196,8 @@ class RefitPlan:
     def describe(self) -> str:
         """A few lines for a log: what travels, how, and who is the busiest."""
         lines = [
-            f"refit plan {self.digest[:12]}: {self.world.num_trainers} trainers -> {self.world.num_generators} generators, "
-            f"{len(self.table)} tensors",
+            f"refit plan {self.digest[:12]}: {len(self.table)} tensors, {self.world.num_trainers} trainers -> "
+            f"{self.world.num_generators} generators",
             f"  bulk: {len(self.bulk)} copies, {len(self.bulk.messages)} messages, {self.bulk.num_rounds} rounds, "
             f"{self.bulk_bytes / 1e6:.2f} MB (required {self.required_bytes / 1e6:.2f} MB)",
             f"  misc: {len(self.misc_fqns)} tensors, {len(self.misc_buffers)} buffers, {self.misc_bytes / 1e6:.2f} MB",

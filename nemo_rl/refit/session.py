@@ -15,13 +15,14 @@ import torch
 
 from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
-from nemo_rl.refit.control import Control
+from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.digest import digest_view
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, Layout, TensorTable, natural_order
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable, RefitPlan
-from nemo_rl.refit.planner import Refusal, plan_refit
+from nemo_rl.refit.planner import plan_refit
+from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.base import Transport
 from nemo_rl.refit.transports.gloo import GlooTransport
@@ -40,7 +41,7 @@ class RefitSession:
     Args:
         rank: in `world`; trainers come first.
         world: the ranks.
-        store: (host, port) of a TCPStore that the driver hosts for this session alone.
+        store: (host, port) of a TCPStore that the driver hosts for this session alone, or a store in hand.
         options: equal on all ranks (checked).
         source: on a trainer, what it holds.
         landing: on a generator, where it lands.
@@ -53,7 +54,7 @@ class RefitSession:
         self,
         rank: int,
         world: World,
-        store: tuple[str, int],
+        store: Address,
         options: RefitOptions,
         source: Source | None = None,
         landing: Landing | None = None,
@@ -68,6 +69,8 @@ class RefitSession:
         self._given_transport = transport
         self._failure: RefitError | None = None
         self._version: int | None = None
+        # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
+        self._data_s = 0.9 * options.deadline_s
         self._phase = "connect"
         self._phase_s: dict[str, float] = {}
         self._plan: RefitPlan | None = None
@@ -79,7 +82,7 @@ class RefitSession:
         """Reach the store and every peer. Raises TransferError, naming who did not answer."""
         with self._guarded("connect"):
             deadline = self.options.deadline_s
-            self._control = Control(self.rank, self.world, *self._address, deadline)
+            self._control = Control(self.rank, self.world, self._address, deadline)
             self._control.gather("connect", self._mode().encode())
             self._transport = self._given_transport or GlooTransport(
                 self._control.store, self.rank, self.world.size, deadline
@@ -170,7 +173,7 @@ class RefitSession:
 
     def _agree(self, statement: Mapping[str, Any]) -> None:
         """All ranks say the same, or nobody enters a transfer."""
-        said = {r: json.loads(b) for r, b in self._exchange("agree", json.dumps(statement).encode()).items()}
+        said = {r: json.loads(b) for r, b in self._control.gather("agree", json.dumps(statement).encode()).items()}
         differ = [
             f"{self.world.describe(r)} has {key} {other.get(key)}, {self.world.describe(0)} has {said[0].get(key)}"
             for r, other in said.items()
@@ -254,9 +257,9 @@ class RefitSession:
         if self._mode() == "golden":
             landing = None if tracker is None else (layout, tracker)
             args = (self._plan, self.rank, self._transport, self._sources, self._holdings, landing)
-            traffic = run_golden(*args, self.options.deadline_s)
+            traffic = run_golden(*args, self._data_s)
         else:
-            traffic = self._pipeline.run(self._plan.bulk, self._src_view, tracker, self.options.deadline_s)
+            traffic = self._pipeline.run(self._plan.bulk, self._src_view, tracker, self._data_s)
         if tracker is not None and tracker.unfinished:
             raise TransferError(
                 f"landing units {tracker.unfinished} (unit: copies) are incomplete",
@@ -270,7 +273,7 @@ class RefitSession:
         assert self._plan is not None and self._pipeline is not None
         if not self._plan.misc_fqns:
             return Traffic(), {}
-        deadline = self.options.deadline_s
+        deadline = self._data_s
         if self._landing is not None:
             receiver = misc.Receiver(self._plan, self._transport, deadline, self.options.verify)
             self._landing.load_misc(receiver.tensors())

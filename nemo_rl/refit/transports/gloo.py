@@ -31,13 +31,14 @@ class GlooTransport:
     def __init__(self, store: dist.Store, rank: int, size: int, deadline_s: float) -> None:
         self._store, self._rank, self._deadline = store, rank, timedelta(seconds=deadline_s)
         self._groups: dict[tuple[int, ...], dist.ProcessGroupGloo] = {}
-        self._world = self._group(tuple(range(size)))
+        self._everyone = tuple(range(size))
+        self._group(self._everyone)
 
     def send(self, buffer: torch.Tensor, dst: int, tag: int) -> _Work:
-        return _Work(self._world.send([buffer], dst, tag))
+        return _Work(self._group(self._everyone).send([buffer], dst, tag))
 
     def recv(self, buffer: torch.Tensor, src: int, tag: int) -> _Work:
-        return _Work(self._world.recv([buffer], src, tag))
+        return _Work(self._group(self._everyone).recv([buffer], src, tag))
 
     def broadcast(self, buffer: torch.Tensor, root: int, ranks: Sequence[int]) -> _Work:
         options = dist.BroadcastOptions()
@@ -46,8 +47,6 @@ class GlooTransport:
 
     def close(self) -> None:
         self._groups.clear()
-        del self._world
-        self._world = None  # type: ignore[assignment]
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroupGloo:
         if ranks not in self._groups:

@@ -1,6 +1,6 @@
 """The reference refit: broadcast each source region whole, assemble the tensor, slice at the destination.
 
-Slow and memory-hungry on purpose. It reads layouts, not the plan's copies, and shares no geometry code with the planner.
+Slow and memory-hungry on purpose. It reads layouts, not the plan's copies, and shares no geometry with the planner.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""Real processes over gloo: bit equality for three refits, and a killed trainer that is named within the deadline."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from datetime import timedelta
+from queue import Empty
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_rl.refit.base import RefitOptions, World
+from nemo_rl.refit.errors import RefitError
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.session import RefitSession
+
+from .simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
+
+WORLD = World(2, 2)
+TABLE = make_table(
+    {f"layers.{i}.{n}": ((24, 16), torch.bfloat16) for i in range(4) for n in ("up", "down")}
+    | {"embed": ((50, 16), torch.float32), "norm": ((16,), torch.float32)}
+)
+
+
+def model(version):
+    generator = torch.Generator().manual_seed(version)
+    return {f: random_bytes(m.shape, m.dtype, generator) for f, m in TABLE.items()}
+
+
+def shard(meta, rank, axis):
+    if len(meta.shape) == 1:
+        return Region.whole(meta.shape)
+    half = meta.shape[axis] // 2
+    offsets, sizes = [0, 0], list(meta.shape)
+    offsets[axis], sizes[axis] = rank * half, half
+    return Region(tuple(offsets), tuple(sizes))
+
+
+def rank_main(rank, port, transport, versions, die, queue):
+    torch.set_num_threads(1)
+    source = landing = None
+    if rank in WORLD.trainers:
+        source = PlainSource.of(model(0), TABLE, [(f, shard(m, rank, 0)) for f, m in TABLE.items()])
+    else:
+        rows = [(f, shard(m, rank - 2, len(m.shape) - 1)) for f, m in TABLE.items()]
+        landing = PlainLanding(rows, [i // 2 if i % 3 else -1 for i in range(len(rows))])
+    options = RefitOptions(transport=transport, bucket_bytes=1024, deadline_s=20)
+    session = RefitSession(rank, WORLD, ("127.0.0.1", port), options, source, landing)
+    try:
+        session.connect()
+        session.plan()
+        for version in versions:
+            full = model(version)
+            if source:
+                source.load(full)
+            if landing:
+                landing.scramble()
+            if die and rank == 1 and version == versions[-1]:
+                session._src_view = lambda row, region: os.kill(os.getpid(), signal.SIGKILL)
+            report = session.refit(version)
+            if landing:
+                held = landing.whole if transport == "broadcast" else dict(zip(TABLE, landing.storage, strict=True))
+                for f, region in landing.rows:
+                    part = full[f][region.slices_in(Region.whole(TABLE[f].shape))]
+                    got = (
+                        held[f][region.slices_in(Region.whole(TABLE[f].shape))] if transport == "broadcast" else held[f]
+                    )
+                    assert same_bytes(got, part), f
+        queue.put((rank, report.verified, landing.version if landing else None))
+    except RefitError as error:
+        queue.put((rank, str(error), (landing.version, landing.rejected) if landing else None))
+    session.close()
+
+
+def run(transport, versions, die=False):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=rank_main, args=(r, store.port, transport, versions, die, queue), daemon=True)
+        for r in range(WORLD.size)
+    ]
+    for p in ranks:
+        p.start()
+    out, end = {}, time.monotonic() + 120
+    while len(out) < WORLD.size - die and time.monotonic() < end:
+        try:
+            rank, *rest = queue.get(timeout=1)
+            out[rank] = rest
+        except Empty:
+            continue
+    for p in ranks:
+        p.join(10)
+        if p.is_alive():
+            p.kill()
+    return out
+
+
+@pytest.mark.parametrize("transport", ["gloo", "golden", "broadcast"])
+def test_three_refits_between_processes(transport):
+    out = run(transport, (0, 1, 2))
+    assert out == {0: [True, None], 1: [True, None], 2: [True, 2], 3: [True, 2]}
+
+
+def test_a_killed_trainer_is_named_and_nothing_is_committed():
+    started = time.monotonic()
+    out = run("gloo", (0, 1), die=True)
+    assert set(out) == {0, 2, 3} and time.monotonic() - started < 90
+    assert any("trainer 1 (rank 1)" in out[r][0] and "transfer" in out[r][0] for r in (2, 3)), out
+    for r in (2, 3):
+        version, rejected = out[r][1]
+        assert version == 0 and rejected, "version 1 is not committed and the generator refuses to serve"

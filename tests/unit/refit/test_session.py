@@ -1,0 +1,289 @@
+"""The whole service over simulated ranks: equality, bounds, and planted faults that must be caught by name."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from nemo_rl.refit.base import RefitOptions
+from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.inproc import InprocTransport
+
+from .layouts import random_table, shard_out
+from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
+
+WHOLE = Region.whole
+TRANSPORTS = ("auto", "golden", "broadcast")
+
+
+def full_model(table, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_bytes(meta.shape, meta.dtype, generator) for name, meta in table.items()}
+
+
+def check(landing, full, conventional):
+    for (fqn, region), storage in zip(landing.rows, landing.storage, strict=True):
+        want = full[fqn][region.slices_in(WHOLE(tuple(full[fqn].shape)))]
+        got = landing.whole[fqn][region.slices_in(WHOLE(tuple(full[fqn].shape)))] if conventional else storage
+        assert same_bytes(got, want), f"{fqn} {region}"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("seed", range(6))
+def test_first_second_and_back(seed, transport):
+    rng = random.Random(seed)
+    table = random_table(rng, 6)
+    trainers, generators = rng.randint(1, 3), rng.randint(1, 3)
+    src, dst = shard_out(rng, table, trainers), shard_out(rng, table, generators)
+    a, b = full_model(table, seed), full_model(table, seed + 1)
+    sources = [PlainSource.of(a, table, rows) for rows in src]
+    landings = [
+        PlainLanding(rows, [rng.choice((-1, i // 2)) for i in range(len(rows))], seed=i) for i, rows in enumerate(dst)
+    ]
+    sim = SimulatedWorld(sources, landings, RefitOptions(transport=transport, bucket_bytes=1024, deadline_s=20))
+    raise_any(plans := sim.start())
+    for version, full in enumerate((a, b, a)):
+        for source in sources:
+            source.load(full)
+        for landing in landings:
+            landing.scramble()
+        raise_any(reports := sim.refit(version))
+        for landing in landings:
+            check(landing, full, transport == "broadcast")
+            assert landing.version == version and landing.rejected == "" and landing.finished == version + 1
+        assert all(r.verified and r.version == version for r in reports.values())
+        if transport == "auto":
+            plan = plans[0]
+            assert sum(r.bulk_bytes for r in reports.values()) == 2 * plan.required_bytes
+            assert all(r.staging_bytes <= 2 * 2 * 1024 for r in reports.values())
+
+
+def two_by_two(options=None, wrap=lambda rank, t: t, units=None, landings=None):
+    table = make_table(
+        {
+            "experts.0.w": ((8, 8), torch.float32),
+            "experts.1.w": ((8, 8), torch.float32),
+            "gate.w": ((8, 8), torch.bfloat16),
+            "norm.w": ((8,), torch.float32),
+        }
+    )
+    halves = [
+        [(f, Region((4 * r, *[0] * (len(m.shape) - 1)), (4, *m.shape[1:]))) for f, m in table.items()] for r in range(2)
+    ]
+    wholes = [(f, WHOLE(m.shape)) for f, m in table.items()]
+    full = full_model(table, 5)
+    sources = [PlainSource.of(full, table, rows) for rows in halves]
+    landings = landings or [PlainLanding(wholes, units), PlainLanding(wholes, units)]
+    return SimulatedWorld(sources, landings, options, wrap), sources, landings, full
+
+
+class Tampering(InprocTransport):
+    """Changes what a chosen receiver gets."""
+
+    def __init__(self, inner, change):
+        super().__init__(inner._hub, inner._rank)
+        self.change = change
+
+    def recv(self, buffer, src, tag):
+        pending, change = super().recv(buffer, src, tag), self.change
+
+        class Tampered:
+            def wait(self, deadline_s):
+                pending.wait(deadline_s)
+                change(buffer)
+
+        return Tampered()
+
+
+def flip(buffer):
+    buffer[3] ^= 1
+
+
+@pytest.mark.parametrize("units", [None, [0, 0, 1, -1]])
+def test_one_flipped_bit_on_the_wire_is_not_committed(units):
+    sim, _, landings, _ = two_by_two(wrap=lambda r, t: Tampering(t, flip) if r == 3 else t, units=units)
+    raise_any(sim.start())
+    results = sim.refit(1)
+    assert isinstance(results[3], VerificationError) and "experts.0.w" in str(results[3])
+    assert "trainer" in str(results[3]) and "generator 1 (rank 3)" in str(results[3])
+    assert all(isinstance(r, RefitError) for r in results.values()), "nobody commits"
+    assert all(landing.version == -1 and landing.rejected for landing in landings)
+    assert all(isinstance(r, PoisonedError) for r in sim.refit(2).values())
+
+
+def landing_that(meddle):
+    class Engine(PlainLanding):
+        def open(self, unit):
+            self.opened = super().open(unit)
+            return Guard(self.opened)
+
+    class Guard(dict):
+        reads = 0
+
+        def __getitem__(self, row):
+            self.reads += 1
+            if self.reads > len(self):  # the digest's reads come after every landing write
+                meddle(self)
+                self.reads = -(10**9)
+            return super().__getitem__(row)
+
+    return Engine
+
+
+def swap_experts(views):
+    first = dict.__getitem__(views, 0).clone()
+    dict.__getitem__(views, 0).copy_(dict.__getitem__(views, 1))
+    dict.__getitem__(views, 1).copy_(first)
+
+
+def test_two_swapped_experts_are_caught():
+    table = make_table({"experts.0.w": ((8, 8), torch.float32), "experts.1.w": ((8, 8), torch.float32)})
+    rows = [(f, WHOLE(m.shape)) for f, m in table.items()]
+    full = full_model(table, 5)
+    landing = landing_that(swap_experts)(rows)
+    sim = SimulatedWorld([PlainSource.of(full, table, rows)], [landing])
+    raise_any(sim.start())
+    results = sim.refit(1)
+    assert isinstance(results[1], VerificationError), results
+    assert "experts.0.w" in str(results[1]) and "experts.1.w" in str(results[1])
+
+
+def test_a_stale_shard_is_caught():
+    """A trainer rank that sends what it held a version ago."""
+
+    class Stale(InprocTransport):
+        kept: dict = {}
+
+        def send(self, buffer, dst, tag):
+            old = self.kept.setdefault((self._rank, dst, tag), buffer.clone())
+            return super().send(old, dst, tag)
+
+    sim, sources, landings, _ = two_by_two(wrap=lambda r, t: Stale(t._hub, r) if r == 1 else t)
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    newer = full_model(sources[0].whole, 6)
+    for source in sources:
+        source.load(newer)
+    results = sim.refit(2)
+    assert isinstance(results[2], VerificationError) or isinstance(results[3], VerificationError)
+    assert all(landing.version == 1 and landing.rejected for landing in landings)
+
+
+def test_a_source_that_changes_during_the_transfer_is_caught():
+    class Late(InprocTransport):
+        def send(self, buffer, dst, tag):
+            pending = super().send(buffer, dst, tag)
+            sources[0].held[-1].view.add_(1)
+            return pending
+
+    sim, sources, _, _ = two_by_two(wrap=lambda r, t: Late(t._hub, r) if r == 0 else t)
+    raise_any(sim.start())
+    assert any(isinstance(r, VerificationError) for r in sim.refit(1).values())
+
+
+def test_agree_refuses_a_rank_with_another_plan():
+    base = RefitOptions(deadline_s=10)
+    other = RefitOptions(deadline_s=10, bucket_bytes=1024)
+    table_options = {0: base, 1: base, 2: base, 3: other}
+    sim, _, landings, _ = two_by_two(options=table_options)
+    results = sim.start()
+    assert all(isinstance(r, AgreementError) for r in results.values())
+    assert "generator 1 (rank 3)" in str(results[0]) and "options" in str(results[0])
+    sim, _, _, _ = two_by_two()
+    raise_any(sim.start())
+    object.__setattr__(sim.sessions[1]._plan, "required_bytes", 1)
+    sim.sessions[1]._plan.__dict__.pop("digest", None)
+    results = sim.refit(1)
+    assert all(isinstance(r, AgreementError) for r in results.values())
+    assert "trainer 1 (rank 1) has plan digest" in str(results[2])
+
+
+def test_an_old_version_is_refused():
+    sim, _, landings, _ = two_by_two()
+    raise_any(sim.start())
+    raise_any(sim.refit(5))
+    results = sim.refit(4)
+    assert all(isinstance(r, AgreementError) and "version 4" in str(r) for r in results.values())
+    assert all(landing.version == 5 for landing in landings)
+
+
+def test_a_missing_rank_is_named_within_the_deadline():
+    sim, _, landings, _ = two_by_two(options=RefitOptions(deadline_s=2))
+    raise_any(sim.start())
+    results = sim.all(lambda s: s.refit(1), ranks=(0, 2, 3))
+    assert any(isinstance(r, TransferError) and "trainer 1 (rank 1)" in str(r) for r in results.values())
+    assert all(isinstance(r, RefitError) for r in results.values())
+    assert all(landing.version == -1 and landing.rejected for landing in landings)
+
+
+def test_a_silent_sender_is_named_with_round_and_parameter():
+    class Mute(InprocTransport):
+        def send(self, buffer, dst, tag):
+            return InprocTransport(type(self._hub)(), 0).send(buffer, dst, tag)
+
+    sim, _, _, _ = two_by_two(options=RefitOptions(deadline_s=2), wrap=lambda r, t: Mute(t._hub, r) if r == 1 else t)
+    raise_any(sim.start())
+    failed = [r for r in sim.refit(1).values() if isinstance(r, TransferError)]
+    assert failed and any("trainer 1 (rank 1)" in str(e) and "round" in str(e) and ".w" in str(e) for e in failed)
+
+
+def test_layout_problems_refuse_before_anything_moves():
+    rows = [("experts.0.w", WHOLE((8, 8)))]
+    sim, _, _, _ = two_by_two(
+        landings=[PlainLanding(rows, problems=("w13: bytes 0:64 nobody writes",)), PlainLanding(rows)]
+    )
+    results = sim.start()
+    assert all(isinstance(r, PlanError) and "bytes 0:64" in str(r) for r in results.values())
+
+
+def test_a_checker_that_fails_fails_closed(monkeypatch):
+    sim, _, landings, _ = two_by_two()
+    raise_any(sim.start())
+
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("nemo_rl.refit.pipeline.digest_view", broken)
+    results = sim.refit(1)
+    assert all(isinstance(r, RefitError) for r in results.values())
+    assert all(landing.version == -1 and landing.rejected for landing in landings)
+
+
+def test_misc_and_bulk_in_one_refit():
+    table = make_table({"a": ((8, 8), torch.float32), "b": ((8,), torch.float32), "c": ((5,), torch.bfloat16)})
+    rows = [(f, WHOLE(m.shape)) for f, m in table.items()]
+    full = full_model(table, 3)
+    half = [
+        [
+            (f, Region((0,) * len(m.shape), (4, *m.shape[1:]))),
+            (f, Region((4, *[0] * (len(m.shape) - 1)), (m.shape[0] - 4, *m.shape[1:]))),
+        ]
+        for f, m in table.items()
+    ]
+    sources = [PlainSource.of(full, table, [r[i] for r in half]) for i in range(2)]
+    landings = [PlainLanding(rows, misc={"b": "computed by the loader"}), PlainLanding(rows)]
+    sim = SimulatedWorld(sources, landings)
+    raise_any(sim.start())
+    raise_any(reports := sim.refit(1))
+    for landing in landings:
+        assert same_bytes(landing.whole["b"], full["b"]) and same_bytes(landing.storage[0], full["a"])
+    assert reports[2].misc_bytes == 32 and reports[2].verified
+
+
+def test_open_staging_is_a_few_units_however_deep_the_model():
+    layers = 30
+    table = make_table({f"layers.{i}.{n}.w": ((16, 16), torch.float32) for i in range(layers) for n in ("down", "up")})
+    rows = [(f, WHOLE(m.shape)) for f, m in table.items()]
+    halves = [[(f, Region((8 * r, 0), (8, 16))) for f in table] for r in range(2)]
+    full = full_model(table, 3)
+    landing = PlainLanding(rows, [i // 2 for i in range(len(rows))])
+    options = RefitOptions(bucket_bytes=2048, deadline_s=20)
+    sim = SimulatedWorld([PlainSource.of(full, table, h) for h in halves], [landing], options)
+    raise_any(sim.start())
+    raise_any(reports := sim.refit(1))
+    check(landing, full, False)
+    assert landing.most_open <= 3
+    assert all(r.staging_bytes <= 2 * 2048 for r in reports.values())
