@@ -122,7 +122,11 @@ class RefitOptions:
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """What one rank saw of one refit. Bytes are those that this rank sent or received over the wire."""
+    """What one rank saw of one refit. Bytes are those that this rank sent or received over the wire.
+
+    `staging_bytes` are message and broadcast buffers; `extra_rss_bytes` is how far the process's resident memory rose above
+    its start during the refit, the engine's own staging included (None where the kernel does not tell).
+    """
 
     version: int
     transport: str
@@ -132,6 +136,7 @@ class RefitReport:
     bulk_bytes: int
     misc_bytes: int
     staging_bytes: int
+    extra_rss_bytes: int | None = None
 
     @property
     def gb_per_s(self) -> float:

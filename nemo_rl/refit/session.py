@@ -19,6 +19,7 @@ from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.digest import digest_view
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, Layout, TensorTable, natural_order
+from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.planner import plan_refit
@@ -203,7 +204,7 @@ class RefitSession:
         """
         if self._plan is None:
             raise RuntimeError("call plan() before refit()")
-        started = time.monotonic()
+        started, memory = time.monotonic(), PeakRss()
         self._phase_s = {}
         with self._guarded("agree"):
             if self._version is not None and version <= self._version:
@@ -234,6 +235,7 @@ class RefitSession:
             bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
             misc_bytes=packed.sent_bytes + packed.received_bytes,
             staging_bytes=bulk.staging_bytes + packed.staging_bytes,
+            extra_rss_bytes=memory.extra_bytes,
         )
 
     def close(self) -> None:
