@@ -124,8 +124,8 @@ class RefitOptions:
 class RefitReport:
     """What one rank saw of one refit. Bytes are those that this rank sent or received over the wire.
 
-    `staging_bytes` are message and broadcast buffers; `extra_rss_bytes` is how far the process's resident memory rose above
-    its start during the refit, the engine's own staging included (None where the kernel does not tell).
+    `staging_bytes` are message and broadcast buffers; `extra_rss_bytes` is how far the process's resident memory rose
+    above its start during the refit, the engine's own staging included (None where the kernel does not tell).
     """
 
     version: int

@@ -33,7 +33,7 @@ class Control:
         self.rank, self.world, self.deadline_s = rank, world, deadline_s
         self.store = store if isinstance(store, dist.Store) else self._reach(*store)
         self._sequence = 0
-        self._mine: list[str] = []
+        self._kept_from = 1
 
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
@@ -55,20 +55,29 @@ class Control:
             RefitError: another rank reported a failure; its text.
         """
         self._sequence += 1
-        self._publish(f"{self._sequence}/{self.rank}", payload)
+        number = self._sequence
+        self.store.set(f"{number}/{self.rank}", payload)
         wanted = list(range(self.world.size)) if ranks is None else sorted(ranks)
+        self._await(number, wanted, phase)
+        said = {r: bytes(self.store.get(f"{number}/{r}")) for r in wanted}
+        if ranks is None:
+            self._forget_before(number)
+        return said
+
+    def _await(self, number: int, wanted: Iterable[int], phase: str) -> None:
         end = time.monotonic() + self.deadline_s
-        missing = set(wanted)
-        pause = 0.0005
-        while missing:
-            missing -= {r for r in missing if self.store.check([f"{self._sequence}/{r}"])}
-            if missing:
+        missing, pause = set(wanted), 0.0005
+        while True:
+            aborted = self.store.check([_ABORT])  # read before the keys: a gather that is complete counts
+            missing -= {r for r in missing if self.store.check([f"{number}/{r}"])}
+            if not missing:
+                return
+            if aborted:
                 self.raise_if_aborted(phase)
-                if time.monotonic() > end:
-                    self._give_up(phase, sorted(missing))
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
-        return {r: self.store.get(f"{self._sequence}/{r}") for r in wanted}
+            if time.monotonic() > end:
+                self._give_up(phase, sorted(missing))
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     def abort(self, error: RefitError) -> None:
         """Tell all ranks that this session failed; the first report stays."""
@@ -88,13 +97,11 @@ class Control:
                 remedy="see that rank's error; remake the session",
             )
 
-    def _publish(self, key: str, payload: bytes) -> None:
-        # A gather ends only when every rank has published, so whoever publishes number n has read all of n - 1;
-        # everybody has read n - 2 by then.
-        if len(self._mine) >= 2:
-            self.store.delete_key(self._mine.pop(0))
-        self.store.set(key, payload)
-        self._mine.append(key)
+    def _forget_before(self, number: int) -> None:
+        """Every rank has published `number`, so every rank has read all it wanted of the gathers before."""
+        for old in range(self._kept_from, number):
+            self.store.delete_key(f"{old}/{self.rank}")
+        self._kept_from = number
 
     def _give_up(self, phase: str, missing: list[int]) -> None:
         names = ", ".join(self.world.describe(r) for r in missing)
