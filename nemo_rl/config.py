@@ -174,7 +174,11 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class StartModelConfig:
-    """The model that a run starts from: random weights and a short supervised warm-up, kept under `cache_dir`."""
+    """The model that a run starts from: random weights and a short supervised warm-up, kept under `cache_dir`.
+
+    `warmup_reversed` is the share of demonstrations whose answer stands back to front, as a pretraining corpus shows
+    more than one way to answer; which way is rewarded is left for GRPO to find.
+    """
 
     kind: str = "dense"
     hidden_size: int = 128
@@ -188,6 +192,7 @@ class StartModelConfig:
     moe_intermediate_size: int = 64
     tie_word_embeddings: bool = False
     warmup_steps: int = 300
+    warmup_reversed: float = 0.5
     warmup_batch_size: int = 64
     warmup_lr: float = 2e-3
     seed: int = 0

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -95,7 +96,7 @@ def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> An
     for step in range(settings.warmup_steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.warmup_lr * min(1.0, (step + 1) / 20) * (1.0 - step / settings.warmup_steps)
-        input_ids, labels = _solved_batch(task, tokenizer, step, settings.warmup_batch_size)
+        input_ids, labels = _solved_batch(task, tokenizer, step, settings)
         logits = model(input_ids=input_ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad(set_to_none=True)
@@ -107,8 +108,12 @@ def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> An
     return model.eval()
 
 
-def _solved_batch(task: Task, tokenizer: Tokenizer, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (-100 where no loss is taken) of `count` solved problems; both `[count, L]`."""
+def _solved_batch(
+    task: Task, tokenizer: Tokenizer, step: int, settings: StartModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels (-100 where no loss is taken) of a batch of demonstrations; both `[count, L]`."""
+    count = settings.warmup_batch_size
+    rng = random.Random(f"{settings.seed}/reversed/{step}")
     eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
     width = task.max_prompt_tokens + task.max_answer_tokens
     input_ids = torch.full((count, width), pad)
@@ -116,7 +121,8 @@ def _solved_batch(task: Task, tokenizer: Tokenizer, step: int, count: int) -> tu
     for row in range(count):
         problem = task.problem(f"warm-up {step}", row)
         prompt = tokenizer.encode(problem.question, add_special_tokens=False).ids
-        answer = [*tokenizer.encode(problem.answer, add_special_tokens=False).ids, eos]
+        text = problem.answer[::-1] if rng.random() < settings.warmup_reversed else problem.answer
+        answer = [*tokenizer.encode(text, add_special_tokens=False).ids, eos]
         end = len(prompt) + len(answer)
         input_ids[row, :end] = torch.tensor(prompt + answer)
         labels[row, len(prompt) : end] = torch.tensor(answer)
