@@ -51,8 +51,8 @@ class LossInputs:
 
     def rows(self, start: int, stop: int) -> LossInputs:
         """The inputs of samples `start .. stop - 1`."""
-        names = ("advantages", "mask", "old_logprobs", "generator_logprobs", "reference_logprobs")
-        return LossInputs(*(getattr(self, name)[start:stop] for name in names))
+        columns = (self.advantages, self.mask, self.old_logprobs, self.generator_logprobs, self.reference_logprobs)
+        return LossInputs(*(column[start:stop] for column in columns))
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,11 @@ class RolloutBatch:
     def num_samples(self) -> int:
         return self.input_ids.shape[0]
 
+    def rows(self, start: int, stop: int) -> RolloutBatch:
+        """The samples `start .. stop - 1`."""
+        columns = (self.input_ids, self.lengths, self.mask, self.generator_logprobs, self.rewards, self.groups)
+        return RolloutBatch(*(column[start:stop] for column in columns))
+
 
 def collate(samples: list[Sample], pad_id: int, pad_to_multiple: int = 8) -> RolloutBatch:
     """Stack samples; the row length is the longest sample's, rounded up to `pad_to_multiple`.

@@ -1,0 +1,213 @@
+"""The GRPO loop. It drives handles and knows neither Ray nor the engines behind them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from nemo_rl.config import Config
+from nemo_rl.grpo.advantages import group_advantages
+from nemo_rl.grpo.data import PAD, Task, make_prompts
+from nemo_rl.grpo.loss import LossInputs, LossOptions, generator_kl_error
+from nemo_rl.grpo.rewards import exact_match
+from nemo_rl.grpo.rollouts import Generators, SamplingOptions, rollout
+from nemo_rl.grpo.types import RolloutBatch, Sample, collate
+
+log = logging.getLogger(__name__)
+Metrics = dict[str, float | int | str | bool | None]
+
+
+class Trainers(Protocol):
+    """All trainer ranks as one."""
+
+    def logprobs(self, batch: RolloutBatch, *, reference: bool) -> torch.Tensor:
+        """Log-probability of each token given those before it, by the current or the reference weights.
+
+        float32 `[N, L]`; column t belongs to token t, and columns outside `batch.mask` may hold anything finite.
+        """
+
+    def train(self, batch: RolloutBatch, inputs: LossInputs, options: LossOptions, lr: float) -> dict[str, float]:
+        """One optimizer step on the whole of `batch`; `loss`, `grad_norm` and the loss function's metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefitSummary:
+    """One refit as the whole cluster saw it.
+
+    Attributes:
+        seconds: of the slowest rank, pausing and resuming engines included.
+        bulk_bytes, misc_bytes: received by all generators over the wire.
+        phase_s: of the slowest rank of each phase.
+    """
+
+    version: int
+    transport: str
+    verified: bool
+    seconds: float
+    bulk_bytes: int
+    misc_bytes: int
+    staging_bytes: int
+    phase_s: Mapping[str, float]
+
+    @property
+    def gb_per_s(self) -> float:
+        return (self.bulk_bytes + self.misc_bytes) / self.seconds / 1e9 if self.seconds else 0.0
+
+
+class Refitter(Protocol):
+    """The refit sessions of all ranks as one."""
+
+    def refit(self, version: int) -> RefitSummary:
+        """Bring the trainers' weights into every generator as `version`, or raise RefitError."""
+
+
+class GrpoLoop:
+    """Generate, reward, train, refit; `record` gets one line of metrics a step."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        trainers: Trainers,
+        generators: Generators,
+        refitter: Refitter,
+        record: Callable[[Metrics], None],
+    ) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._trainers, self._generators, self._refitter, self._record = trainers, generators, refitter, record
+        data, loss = config.data, config.loss_fn
+        self._task = Task(data.task, data.min_items, data.max_items, config.grpo.seed)
+        self._sampling = SamplingOptions(
+            config.grpo.num_generations_per_prompt,
+            config.policy.generation.max_new_tokens,
+            config.policy.generation.temperature,
+        )
+        self._loss = LossOptions(
+            loss.reference_policy_kl_penalty,
+            loss.ratio_clip_min,
+            loss.ratio_clip_max,
+            loss.token_level_loss,
+            loss.use_importance_sampling_correction,
+            loss.truncated_importance_sampling_ratio,
+        )
+        self._pad = tokenizer.token_to_id(PAD) or 0
+        self._version = 0
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Refit once, so that the first samples come from proven weights, then do all steps."""
+        if self._config.grpo.refit_every:
+            summary = self._refitter.refit(0)
+            log.info("refit of the start weights: %s", summary)
+        for step in range(1, self._config.grpo.max_num_steps + 1):
+            self._record(self.step(step))
+
+    def step(self, step: int) -> Metrics:
+        """Step `step`, counted from 1. `weight_version` is that of the generators after it."""
+        started = time.monotonic()
+        self._seconds = {}
+        with self._timed("generate_s"):
+            samples = self._rollout(step)
+        batch = collate(samples, self._pad)
+        advantages = self._advantages(batch)
+        with self._timed("logprobs_s"):
+            old, reference = (self._trainers.logprobs(batch, reference=r) for r in (False, True))
+        kl_error = generator_kl_error(old, batch.generator_logprobs, batch.mask)
+        inputs = LossInputs(advantages, batch.mask, old, batch.generator_logprobs, reference)
+        with self._timed("train_s"):
+            trained = self._train(batch, inputs, self._learning_rate(step))
+        summary = self._refit(step)
+        return {
+            "step": step,
+            "reward_mean": float(batch.rewards.mean()),
+            "loss": trained.pop("loss"),
+            "gen_kl_error": kl_error,
+            **_refit_metrics(summary),
+            "weight_version": self._version,
+            **trained,
+            **_sample_metrics(samples, advantages),
+            **self._seconds,
+            "step_s": time.monotonic() - started,
+        }
+
+    def _rollout(self, step: int) -> list[Sample]:
+        grpo = self._config.grpo
+        prompts = make_prompts(self._task, self._tokenizer, step, grpo.num_prompts_per_step)
+        samples = rollout(
+            self._generators, self._tokenizer, prompts, self._sampling, exact_match, seed=grpo.seed, step=step
+        )
+        versions = {s.completion.weight_version for s in samples}
+        if versions != {self._version}:
+            raise RuntimeError(
+                f"step {step}: samples carry weight versions {sorted(versions)}, but version {self._version} was committed"
+            )
+        return samples
+
+    def _advantages(self, batch: RolloutBatch) -> torch.Tensor:
+        grpo = self._config.grpo
+        return group_advantages(
+            batch.rewards,
+            batch.groups,
+            normalize=grpo.normalize_rewards,
+            leave_one_out=grpo.use_leave_one_out_baseline,
+        )
+
+    def _train(self, batch: RolloutBatch, inputs: LossInputs, lr: float) -> dict[str, float]:
+        """One optimizer step for each global batch of the rollout; metrics are their means."""
+        size = self._config.policy.train_global_batch_size
+        parts = [
+            self._trainers.train(batch.rows(start, start + size), inputs.rows(start, start + size), self._loss, lr)
+            for start in range(0, batch.num_samples, size)
+        ]
+        return {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]} | {"lr": lr}
+
+    def _refit(self, step: int) -> RefitSummary | None:
+        every = self._config.grpo.refit_every
+        if not every or step % every:
+            return None
+        summary = self._refitter.refit(step)
+        self._version = summary.version
+        return summary
+
+    def _learning_rate(self, step: int) -> float:
+        optimizer, last = self._config.policy.megatron_cfg.optimizer, self._config.grpo.max_num_steps - 1
+        return optimizer.lr + (optimizer.min_lr - optimizer.lr) * (step - 1) / max(last, 1)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - started
+
+
+def _refit_metrics(summary: RefitSummary | None) -> Metrics:
+    """The refit's part of a step's metrics; null where the step had none."""
+    if summary is None:
+        names = ("refit_s", "refit_bulk_bytes", "refit_misc_bytes", "refit_gb_per_s", "refit_transport", "refit_verified")
+        return dict.fromkeys(names)
+    return {
+        "refit_s": summary.seconds,
+        "refit_bulk_bytes": summary.bulk_bytes,
+        "refit_misc_bytes": summary.misc_bytes,
+        "refit_gb_per_s": summary.gb_per_s,
+        "refit_transport": summary.transport,
+        "refit_verified": summary.verified,
+        "refit_staging_bytes": summary.staging_bytes,
+        **{f"refit_{phase}_s": seconds for phase, seconds in summary.phase_s.items()},
+    }
+
+
+def _sample_metrics(samples: list[Sample], advantages: torch.Tensor) -> Metrics:
+    lengths = [len(s.completion.token_ids) for s in samples]
+    return {
+        "response_tokens_mean": sum(lengths) / len(lengths),
+        "finished_fraction": sum(s.completion.finished for s in samples) / len(samples),
+        "advantage_abs_mean": float(advantages.abs().mean()),
+    }
