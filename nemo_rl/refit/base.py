@@ -13,31 +13,42 @@ from nemo_rl.refit.layout import Holding, Layout, TensorTable
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Ranks of one refit: trainers are `0 .. num_trainers - 1`, generator workers follow."""
+    """The ranks of one refit: who holds trained weights and who receives them. A rank may do both.
 
-    num_trainers: int
-    num_generators: int
+    Raises:
+        ValueError: a side is empty or names a rank twice, or ranks are not `0 .. size - 1`.
+    """
+
+    trainers: tuple[int, ...]
+    generators: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.num_trainers < 1 or self.num_generators < 1:
-            raise ValueError(f"a refit needs trainers and generators, got {self}")
+        ranks = set(self.trainers) | set(self.generators)
+        twice = len(set(self.trainers)) != len(self.trainers) or len(set(self.generators)) != len(self.generators)
+        if not self.trainers or not self.generators or twice or ranks != set(range(len(ranks))):
+            raise ValueError(
+                f"a refit needs trainers and generators, each once, with ranks from 0 up without gaps: {self}"
+            )
+
+    @classmethod
+    def of(cls, num_trainers: int, num_generators: int) -> World:
+        """Trainers are `0 .. num_trainers - 1`, generator workers follow."""
+        return cls(tuple(range(num_trainers)), tuple(range(num_trainers, num_trainers + num_generators)))
 
     @property
     def size(self) -> int:
-        return self.num_trainers + self.num_generators
+        return len(set(self.trainers) | set(self.generators))
 
     @property
-    def trainers(self) -> range:
-        return range(self.num_trainers)
-
-    @property
-    def generators(self) -> range:
-        return range(self.num_trainers, self.size)
+    def shared(self) -> tuple[int, ...]:
+        """Ranks that are on both sides."""
+        return tuple(r for r in self.trainers if r in self.generators)
 
     def describe(self, rank: int) -> str:
-        """`trainer 1 (rank 1)` or `generator 0 (rank 2)`."""
-        role, index = ("trainer", rank) if rank < self.num_trainers else ("generator", rank - self.num_trainers)
-        return f"{role} {index} (rank {rank})"
+        """`trainer 1 (rank 1)`, `generator 0 (rank 2)`, or both roles."""
+        roles = [f"trainer {self.trainers.index(rank)}"] if rank in self.trainers else []
+        roles += [f"generator {self.generators.index(rank)}"] if rank in self.generators else []
+        return f"{' and '.join(roles)} (rank {rank})"
 
 
 class Source(Protocol):

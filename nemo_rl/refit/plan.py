@@ -117,7 +117,11 @@ class RefitPlan:
     required_bytes: int
     bucket_bytes: int
     unused: Mapping[str, str] = field(default_factory=dict)
-    misc_root: int = 0
+
+    @property
+    def misc_root(self) -> int:
+        """The rank that gathers and broadcasts misc tensors."""
+        return self.world.trainers[0]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -146,13 +150,13 @@ class RefitPlan:
     def to_bytes(self) -> bytes:
         """Wire form; equal plans have equal bytes."""
         head = {
-            "world": [self.world.num_trainers, self.world.num_generators],
+            "world": [self.world.trainers, self.world.generators],
             "table": [[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in self.table.items()],
             "misc_fqns": self.misc_fqns,
             "misc_buffers": [[b.fqns, b.offsets, b.num_bytes] for b in self.misc_buffers],
             "misc_reasons": sorted(self.misc_reasons.items()),
             "unused": sorted(self.unused.items()),
-            "numbers": [self.required_bytes, self.bucket_bytes, self.misc_root],
+            "numbers": [self.required_bytes, self.bucket_bytes],
         }
         arrays = {f"{part}.{k}": v for part in ("bulk", "misc") for k, v in getattr(self, part).arrays().items()}
         out = io.BytesIO()
@@ -173,9 +177,9 @@ class RefitPlan:
                 )
         except Exception as error:
             raise ValueError(f"plan refused: {len(data)} bytes do not decode ({error})") from error
-        required, bucket, root = head["numbers"]
+        required, bucket = head["numbers"]
         return cls(
-            World(*head["world"]),
+            World(*(tuple(ranks) for ranks in head["world"])),
             {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head["table"]},
             bulk,
             misc,
@@ -185,7 +189,6 @@ class RefitPlan:
             required,
             bucket,
             dict(head["unused"]),
-            root,
         )
 
     @cached_property
@@ -196,8 +199,8 @@ class RefitPlan:
     def describe(self) -> str:
         """A few lines for a log: what travels, how, and who is the busiest."""
         lines = [
-            f"refit plan {self.digest[:12]}: {len(self.table)} tensors, {self.world.num_trainers} trainers -> "
-            f"{self.world.num_generators} generators",
+            f"refit plan {self.digest[:12]}: {len(self.table)} tensors, {len(self.world.trainers)} trainers -> "
+            f"{len(self.world.generators)} generators",
             f"  bulk: {len(self.bulk)} copies, {len(self.bulk.messages)} messages, {self.bulk.num_rounds} rounds, "
             f"{self.bulk_bytes / 1e6:.2f} MB (required {self.required_bytes / 1e6:.2f} MB)",
             f"  misc: {len(self.misc_fqns)} tensors, {len(self.misc_buffers)} buffers, {self.misc_bytes / 1e6:.2f} MB",

@@ -45,6 +45,10 @@ def plan_refit(
     if problems:
         raise Refusal(problems)
     misc = _misc_tensors(declarations, table, all_misc)
+    if misc and world.shared:
+        first, reason = next(iter(misc.items()))
+        both = f"ranks {world.shared} are trainer and generator at once"
+        raise Refusal([f"{first}: {both}, so it cannot travel whole ({reason}); keep the two sides apart"])
     index = {name: i for i, name in enumerate(table)}
     ndim = max((len(m.shape) for m in table.values()), default=0)
     item = np.array([m.dtype.itemsize for m in table.values()], np.int64)
@@ -52,7 +56,7 @@ def plan_refit(
     taken = Boxes.of({r: d.layout for r, d in declarations.items()}, index, ndim, skip=misc)
     misc_fqns = tuple(f for f in table if f in misc)
     root = Layout.from_regions([(f, Region.whole(table[f].shape)) for f in misc_fqns], table)
-    whole = Boxes.of({0: root}, index, ndim)
+    whole = Boxes.of({world.trainers[0]: root}, index, ndim)
     buffers = _pack(misc_fqns, table, bucket_bytes)
     plan = RefitPlan(
         world=world,
@@ -111,9 +115,11 @@ def _misc_tensors(
 
 def _close_over_units(misc: dict[str, str], declarations: Mapping[int, Declaration]) -> Mapping[str, str]:
     """A landing unit is all bulk or all misc: its module processes its bytes once, when all are there."""
+    if not misc:
+        return misc
     layouts = list({d.layout.digest: d.layout for d in declarations.values()}.values())
-    pairs = [set(zip(lay.unit.tolist(), lay.tensor.tolist(), strict=True)) for lay in layouts] if misc else []
-    grown = bool(misc)
+    pairs = [set(zip(lay.unit.tolist(), lay.tensor.tolist(), strict=True)) for lay in layouts]
+    grown = True
     while grown:
         grown = False
         for layout, members in zip(layouts, pairs, strict=True):

@@ -61,8 +61,10 @@ class RefitSession:
         landing: Landing | None = None,
         transport: Transport | None = None,
     ) -> None:
-        if (source is None) == (landing is None) or (source is not None) != (rank in world.trainers):
-            raise ValueError(f"{world.describe(rank)} takes {'a source' if rank in world.trainers else 'a landing'}")
+        if (source is not None) != (rank in world.trainers) or (landing is not None) != (rank in world.generators):
+            raise ValueError(
+                f"{world.describe(rank)}: a trainer takes a source, a generator a landing, and nothing else"
+            )
         if options.transport not in TRANSPORTS:
             raise ValueError(f"transport '{options.transport}' is not one of {', '.join(TRANSPORTS)}")
         self.rank, self.world, self.options = rank, world, options
@@ -103,7 +105,7 @@ class RefitSession:
         with self._guarded("plan"):
             self._plan = self._join(table, sources, declarations, unused)
             self._sources, self._declarations = sources, declarations
-            if self.rank == 0:
+            if self.rank == self.world.trainers[0]:
                 log.info("%s", self._plan.describe())
         with self._guarded("agree"):
             self._agree(self._statement())
@@ -118,12 +120,13 @@ class RefitSession:
             layout = Layout.from_holdings(self._holdings, table)
             payload = pack_source(table, layout, self._source.unused())
         said = {r: unpack_source(b) for r, b in self._exchange("declare", payload).items() if r in self.world.trainers}
-        table = said[0][0]
+        first = self.world.trainers[0]
+        table = said[first][0]
         differ = [r for r, (other, _, _) in said.items() if other != table]
         if differ:
             names = ", ".join(self.world.describe(r) for r in differ)
             raise PlanError(
-                f"the tensor table of {names} is not that of {self.world.describe(0)}",
+                f"the tensor table of {names} is not that of {self.world.describe(first)}",
                 rank=self.rank,
                 phase="declare",
                 remedy="all trainer ranks must build the same model",

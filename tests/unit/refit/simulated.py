@@ -131,7 +131,7 @@ class SimulatedWorld:
         wrap: Callable[[int, Transport], Transport] = lambda rank, transport: transport,
     ) -> None:
         options = options or RefitOptions(deadline_s=20)
-        self.world = World(len(sources), len(landings))
+        self.world = World.of(len(sources), len(landings))
         self.store = dist.HashStore()
         hub = Hub()
         self.sessions = []

@@ -20,7 +20,7 @@ from nemo_rl.refit.session import RefitSession
 
 from .simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
 
-WORLD = World(2, 2)
+WORLD = World.of(2, 2)
 TABLE = make_table(
     {f"layers.{i}.{n}": ((24, 16), torch.bfloat16) for i in range(4) for n in ("up", "down")}
     | {"embed": ((50, 16), torch.float32), "norm": ((16,), torch.float32)}

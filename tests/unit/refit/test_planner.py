@@ -31,9 +31,9 @@ def declare(rows, table, units=None, **kw):
 def random_case(seed):
     rng = random.Random(seed)
     table = random_table(rng, rng.randint(1, 8))
-    world = World(rng.randint(1, 4), rng.randint(1, 4))
-    src = shard_out(rng, table, world.num_trainers)
-    dst = shard_out(rng, table, world.num_generators)
+    world = World.of(rng.randint(1, 4), rng.randint(1, 4))
+    src = shard_out(rng, table, len(world.trainers))
+    dst = shard_out(rng, table, len(world.generators))
     units = [[rng.choice((-1, rng.randint(0, 2))) for _ in rows] for rows in dst]
     sources = {r: Layout.from_regions(src[r], table) for r in world.trainers}
     declared = {r: declare(d, table, u) for r, d, u in zip(world.generators, dst, units, strict=True)}
@@ -80,7 +80,7 @@ def test_coloring_is_proper_and_least(seed):
 def test_replicas_share_the_load_and_each_serves_few():
     table = make_table({f"layers.{i}.w": ((64, 64), torch.float32) for i in range(8)})
     rows = [(f, WHOLE(m.shape)) for f, m in table.items()]
-    world = World(8, 8)
+    world = World.of(8, 8)
     layout = Layout.from_regions(rows, table)
     plan = plan_refit(
         world, dict.fromkeys(world.trainers, layout), {r: declare(rows, table) for r in world.generators}, table
@@ -94,7 +94,7 @@ def test_replicas_share_the_load_and_each_serves_few():
 def test_overlapping_unequal_sources_are_cut_into_cells():
     table = make_table({"w": ((10, 4), torch.float32)})
     parts = [Region((0, 0), (6, 4)), Region((4, 0), (6, 4)), Region((0, 0), (10, 2))]
-    world = World(3, 1)
+    world = World.of(3, 1)
     sources = {r: Layout.from_regions([("w", parts[r])], table) for r in world.trainers}
     plan = plan_refit(world, sources, {3: declare([("w", WHOLE((10, 4)))], table)}, table)
     assert sum(int(s.prod()) for s in plan.bulk.sizes) == 40
@@ -106,18 +106,18 @@ def test_a_hole_and_a_foreign_tensor_and_a_dtype_are_refused_at_once():
     sources = {0: Layout.from_regions([("a", Region((0,), (8,)))], table)}
     with pytest.raises(Refusal) as caught:
         bad = declare([("a", Region((0,), (8,))), ("c", Region((0,), (2,)))], other, problems=("bytes 0:4 of x",))
-        plan_refit(World(1, 1), sources, {1: bad}, table)
+        plan_refit(World.of(1, 1), sources, {1: bad}, table)
     text = str(caught.value)
     assert "a:" in text and "bfloat16" in text and "c:" in text and "bytes 0:4 of x" in text
     with pytest.raises(Refusal, match=r"b \[0:4\] of generator 0 \(rank 1\): 0 of 4 elements"):
-        plan_refit(World(1, 1), sources, {1: declare([("b", Region((0,), (4,)))], table)}, table)
+        plan_refit(World.of(1, 1), sources, {1: declare([("b", Region((0,), (4,)))], table)}, table)
 
 
 def test_hole_in_a_misc_tensor_is_refused():
     table = make_table({"a": ((8,), torch.float32)})
     sources = {0: Layout.from_regions([("a", Region((0,), (5,)))], table)}
     with pytest.raises(Refusal, match="5 of 8 elements"):
-        plan_refit(World(1, 1), sources, {1: declare([], table, misc={"a": "cast"})}, table)
+        plan_refit(World.of(1, 1), sources, {1: declare([], table, misc={"a": "cast"})}, table)
 
 
 @pytest.mark.parametrize("fault", ["drop", "double", "shift", "steal", "round", "bytes"])
@@ -127,7 +127,7 @@ def test_the_proof_catches_a_damaged_plan(fault):
     half = [[("a", Region((4 * r, 0), (4, 8))), ("b", Region((3 * r, 0), (3, 2)))] for r in range(2)]
     sources = {r: Layout.from_regions(half[r], table) for r in range(2)}
     declared = {2: declare(rows, table), 3: declare(rows, table)}
-    plan = plan_refit(World(2, 2), sources, declared, table)
+    plan = plan_refit(World.of(2, 2), sources, declared, table)
     prove(plan, sources, declared)
     bulk, messages = plan.bulk, plan.bulk.messages.copy()
     arrays = {k: v.copy() for k, v in bulk.arrays().items()}
@@ -155,7 +155,7 @@ def test_misc_spreads_over_its_unit_and_reasons_travel():
     table = make_table({"a": ((4,), torch.float32), "b": ((4,), torch.float32), "c": ((4,), torch.float32)})
     rows = [(f, WHOLE(m.shape)) for f, m in table.items()]
     sources = {0: Layout.from_regions(rows, table)}
-    plan = plan_refit(World(1, 1), sources, {1: declare(rows, table, [7, 7, -1], misc={"a": "cast"})}, table)
+    plan = plan_refit(World.of(1, 1), sources, {1: declare(rows, table, [7, 7, -1], misc={"a": "cast"})}, table)
     assert plan.misc_fqns == ("a", "b") and plan.misc_reasons["a"] == "cast"
     assert {plan.names[t] for t in plan.bulk.tensor} == {"c"}
     assert plan.misc_bytes == 32 and plan.required_bytes == 16
@@ -165,7 +165,7 @@ def test_unused_tensors_are_listed():
     table = make_table({"a": ((4,), torch.float32), "b": ((4,), torch.float32)})
     sources = {0: Layout.from_regions([(f, WHOLE(m.shape)) for f, m in table.items()], table)}
     declared = {1: declare([("a", WHOLE((4,)))], table)}
-    plan = plan_refit(World(1, 1), sources, declared, table, unused={"x": "tied"})
+    plan = plan_refit(World.of(1, 1), sources, declared, table, unused={"x": "tied"})
     assert plan.unused == {"x": "tied", "b": "no generator's loader reads it"}
     assert "unused: b" in plan.describe()
 
@@ -174,6 +174,6 @@ def test_large_pieces_are_cut_to_the_bucket():
     table = make_table({"a": ((3, 5000), torch.float32)})
     row = [("a", WHOLE((3, 5000)))]
     plan = plan_refit(
-        World(1, 1), {0: Layout.from_regions(row, table)}, {1: declare(row, table)}, table, bucket_bytes=4096
+        World.of(1, 1), {0: Layout.from_regions(row, table)}, {1: declare(row, table)}, table, bucket_bytes=4096
     )
     assert plan.bulk.messages[:, 5].max() <= 4096 and plan.bulk_bytes == 60000
