@@ -135,7 +135,7 @@ class GrpoConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """Clipped policy gradient with a KL penalty. A null `truncated_importance_sampling_ratio` leaves weights uncapped."""
+    """Clipped policy gradient with a KL penalty; a null `truncated_importance_sampling_ratio` is no cap."""
 
     reference_policy_kl_penalty: float = 0.01
     ratio_clip_min: float = 0.2
@@ -322,7 +322,8 @@ def _section(schema: type, tree: Mapping[Any, Any], prefix: str, problems: list[
             if isinstance(value, Mapping):
                 values[name] = _section(typing.cast(type, hints[name]), value, f"{key}.", problems)
             else:
-                problems.append(f"{key}: is {value!r}, but a section with keys {', '.join(_keys(hints[name]))} is needed")
+                known = ", ".join(f.name for f in dataclasses.fields(typing.cast(type, hints[name])))
+                problems.append(f"{key}: is {value!r}, but a section with keys {known} is needed")
         else:
             try:
                 values[name] = _convert(key, hints[name], value)
@@ -348,10 +349,6 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         needed = f"{kind.__name__} or null" if optional else kind.__name__
         raise ValueError(f"{key}: {value!r} is not of type {needed}; give a value of that type") from error
     return leaf.value
-
-
-def _keys(schema: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(schema)]
 
 
 def _suggestion(name: str, prefix: str, hints: Mapping[str, Any]) -> str:

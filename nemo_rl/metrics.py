@@ -15,7 +15,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 log = logging.getLogger(__name__)
@@ -84,10 +84,8 @@ class RunRecorder:
         self._folder, self._title, self._console = folder, title, console
         self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._writer = _tensorboard_writer(folder) if tensorboard else None
-        columns = (MofNCompleteColumn(), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            TextColumn("[bold]GRPO"), *columns, TextColumn("{task.fields[state]}"), console=console, disable=not bar
-        )
+        columns = (MofNCompleteColumn(), BarColumn(10), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
+        self._bar = Progress(*columns, console=console, disable=not bar)
         self._task = self._bar.add_task("steps", total=num_steps, state="starting")
 
     def __enter__(self) -> RunRecorder:
@@ -134,7 +132,7 @@ class RunRecorder:
 
 def step_line(row: Row) -> str:
     """Reward, loss, KL error and the verdict on the refit, in one line."""
-    line = f"reward {row['reward_mean']:.3f}  loss {row['loss']:+.4f}  KL error {row['gen_kl_error']:.1e}  "
+    line = f"reward {row['reward_mean']:.3f} loss {row['loss']:+.3f} KL err {row['gen_kl_error']:.0e} "
     if row.get("refit_s") is None:
         return line + "no refit"
     return line + f"refit {row['refit_s']:.2f} s {'verified' if row['refit_verified'] else 'not verified'}"
@@ -177,14 +175,19 @@ def draw_summary(rows: Sequence[Row], title: str, path: Path) -> None:
     first, last = reward_margin(rows)
     axes[0].set_title(f"{title}\nreward {first:.2f} → {last:.2f} (first and last fifth)", fontsize=11, loc="left")
     floor = 1e-16  # equal log-probabilities have no error, which a log scale cannot show
-    axes[1].semilogy(steps, [max(r["gen_kl_error"], floor) for r in rows], color="#a63603", marker="o", markersize=3)
-    axes[1].set(ylabel="KL error\ngenerator / trainer")
+    errors = [max(r["gen_kl_error"], floor) for r in rows]
+    axes[1].semilogy(steps, errors, color="#a63603", marker="o", markersize=3)
+    axes[1].set(ylabel="KL error\ngenerator / trainer", ylim=(min(1e-14, *errors) / 3, max(1e-2, *errors) * 3))
     refits = [r for r in rows if r.get("refit_s") is not None]
     colors = ["#31a354" if r["refit_verified"] else "#bdbdbd" for r in refits]
     axes[2].bar([r["step"] for r in refits], [r["refit_s"] for r in refits], color=colors, width=0.8)
     axes[2].set(ylabel="refit, s", xlabel="step")
-    note = "green: digests equal" if refits else "no refits in this run"
-    axes[2].text(0.99, 0.93, note, transform=axes[2].transAxes, ha="right", va="top", fontsize=9, color="#555555")
+    note = (
+        f"{sum(r['refit_verified'] for r in refits)} of {len(refits)} refits verified (green)"
+        if refits
+        else "no refits"
+    )
+    axes[2].set_title(note, fontsize=9, loc="right", color="#555555")
     for axis in axes:
         axis.grid(axis="y", color="#e0e0e0", linewidth=0.7)
         axis.set_axisbelow(True)

@@ -39,7 +39,9 @@ class Task:
         if self.name not in TASKS:
             raise ValueError(f"data.task={self.name!r} is unknown; choose one of {', '.join(TASKS)}")
         if not 1 <= self.min_items <= self.max_items:
-            raise ValueError(f"data.min_items={self.min_items} .. data.max_items={self.max_items} is no range from 1 up")
+            raise ValueError(
+                f"data.min_items={self.min_items}, data.max_items={self.max_items}: 1 <= min <= max is needed"
+            )
 
     def problem(self, stream: str, index: int) -> Problem:
         """Problem `index` of `stream` (a step, or a warm-up); streams are independent of each other."""

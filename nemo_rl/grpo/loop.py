@@ -146,7 +146,7 @@ class GrpoLoop:
         versions = {s.completion.weight_version for s in samples}
         if versions != {self._version}:
             raise RuntimeError(
-                f"step {step}: samples carry weight versions {sorted(versions)}, but version {self._version} was committed"
+                f"step {step}: samples carry weight versions {sorted(versions)}, not the committed {self._version}"
             )
         return samples
 
@@ -190,8 +190,8 @@ class GrpoLoop:
 def _refit_metrics(summary: RefitSummary | None) -> Metrics:
     """The refit's part of a step's metrics; null where the step had none."""
     if summary is None:
-        names = ("refit_s", "refit_bulk_bytes", "refit_misc_bytes", "refit_gb_per_s", "refit_transport", "refit_verified")
-        return dict.fromkeys(names)
+        names = ("s", "bulk_bytes", "misc_bytes", "gb_per_s", "transport", "verified")
+        return {f"refit_{name}": None for name in names}
     return {
         "refit_s": summary.seconds,
         "refit_bulk_bytes": summary.bulk_bytes,
