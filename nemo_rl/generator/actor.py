@@ -1,0 +1,54 @@
+"""A `VllmEngine` in a Ray actor. Start it with `runtime_env={"env_vars": worker_env(config)}`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ray
+
+from nemo_rl.generator.engine import Generated, GeneratorConfig, Store, VllmEngine
+from nemo_rl.refit.base import RefitOptions, RefitReport, World
+
+
+@ray.remote(max_restarts=0)
+class GeneratorActor:
+    """Methods are those of `VllmEngine`; the constructor returns when the engine is ready."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        self._engine = VllmEngine(config)
+
+    def ready(self) -> tuple[str, ...]:
+        """Answers once the engine stands: its shared-memory files, to be removed should the actor be killed."""
+        return self._engine.shared_files
+
+    def num_workers(self) -> int:
+        return self._engine.num_workers
+
+    def weight_version(self) -> int:
+        return self._engine.weight_version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | Sequence[int] | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[list[Generated]]:
+        return self._engine.generate(prompts, n, max_new_tokens, temperature, seed, stop_token_ids)
+
+    def refit_connect(self, rank_offset: int, world: World, store: Store, options: RefitOptions) -> None:
+        self._engine.refit_connect(rank_offset, world, store, options)
+
+    def refit_plan(self) -> str:
+        return self._engine.refit_plan()
+
+    def refit(self, version: int) -> list[RefitReport]:
+        return self._engine.refit(version)
+
+    def refit_close(self) -> None:
+        self._engine.refit_close()
+
+    def close(self) -> None:
+        self._engine.close()

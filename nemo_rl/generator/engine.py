@@ -1,0 +1,311 @@
+"""One vLLM engine as the loop sees it: completions with log-probabilities, and weights that refits replace."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.errors import PoisonedError, RefitError
+
+log = logging.getLogger(__name__)
+
+WORKER = "nemo_rl.generator.worker.RefitWorker"
+Store = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorConfig:
+    """One engine.
+
+    Attributes:
+        model_path: Hugging Face folder; its weights are read when `load_format` is `auto`.
+        kv_cache_memory_bytes: size of the KV cache on CPU.
+        gpu_memory_utilization: share of a GPU's memory for weights and KV cache, on CUDA.
+        load_format: `dummy` starts from random weights; the first refit brings the real ones.
+        seed: of dummy weights and of requests without a seed.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    model_path: str
+    tensor_parallel_size: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: int = 256
+    max_num_seqs: int = 64
+    kv_cache_memory_bytes: int = 64 << 20
+    gpu_memory_utilization: float = 0.5
+    enforce_eager: bool = True
+    load_format: Literal["auto", "dummy"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16") or self.load_format not in ("auto", "dummy"):
+            raise ValueError(f"precision is float32 or bfloat16 and load_format auto or dummy, got {self}")
+        numbers = (self.tensor_parallel_size, self.max_model_len, self.max_num_seqs, self.kv_cache_memory_bytes)
+        if min(numbers) < 1 or not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"sizes must be positive and gpu_memory_utilization in (0, 1], got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One completion.
+
+    Attributes:
+        token_ids: sampled tokens, the stop token included where one ended the completion.
+        logprobs: of each sampled token, under the distribution it was drawn from.
+        finished: a stop token ended it; False where `max_new_tokens` cut it.
+        weight_version: version of the weights that sampled it.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+    weight_version: int
+
+
+def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") -> dict[str, str]:
+    """Environment of a process that will hold a `VllmEngine`; it must stand before vLLM is imported there."""
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in the actor; tensor-parallel workers are its children
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Multicast needs a fabric manager that containers often lack; communicators hang or fail without it.
+        "NCCL_NVLS_ENABLE": "0",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        "NVSHMEM_DISABLE_NVLS": "1",
+    }
+    if device == "cpu":
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if device == "cpu" and config.enforce_eager:
+        env["TORCHDYNAMO_DISABLE"] = "1"
+    return env
+
+
+class VllmEngine:
+    """A vLLM engine and its workers. The process needs `worker_env(config)` as environment.
+
+    It serves version 0, the weights it loaded, until a refit commits another. While a refit is open, and for good after
+    one failed, `generate` refuses with the reason.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        before, started = _mapped_shared_memory(), time.time()
+        self.config, self.weight_version = config, 0
+        self._refusal: str | None = None
+        self._llm: Any = _make_llm(config)
+        self._shared_files = tuple(f for f in sorted(_mapped_shared_memory() - before) if _made_since(f, started))
+
+    @property
+    def num_workers(self) -> int:
+        """Generator ranks of this engine in a refit's world."""
+        return self.config.tensor_parallel_size
+
+    @property
+    def shared_files(self) -> tuple[str, ...]:
+        """Files under /dev/shm that a killed engine leaves behind; `close` removes them."""
+        return self._shared_files
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | Sequence[int] | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[list[Generated]]:
+        """Answer each prompt `n` times, in order.
+
+        Args:
+            temperature: 0 takes the likeliest token.
+            seed: of each prompt's samples, or one for all; the same seed and weights give the same tokens.
+
+        Raises:
+            RuntimeError: a refit is open or failed; the reason.
+            ValueError: prompts and seeds do not go together, or a prompt leaves no room for an answer.
+        """
+        self._refuse_if_unfit()
+        from vllm import SamplingParams
+
+        self._check_request(prompts, seed)
+        version = self.weight_version
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+        params = [
+            SamplingParams(
+                n=n,
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=one,
+                logprobs=0,
+                stop_token_ids=list(stop_token_ids),
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for one in seeds
+        ]
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = self._llm.generate(asked, params, use_tqdm=False) if asked else []
+        return [[_generated(o, version) for o in sorted(a.outputs, key=lambda o: o.index)] for a in answers]
+
+    def _refuse_if_unfit(self) -> None:
+        if self._llm is None:
+            raise RuntimeError("the engine was closed; make a new one")
+        if self._refusal is not None:
+            raise RuntimeError(f"the generator refuses to generate: {self._refusal}")
+
+    def _check_request(self, prompts: Sequence[Sequence[int]], seed: int | Sequence[int] | None) -> None:
+        if isinstance(seed, Sequence) and len(seed) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seed)} seeds; give one seed per prompt, or one for all")
+        bad = [i for i, p in enumerate(prompts) if not 0 < len(p) < self.config.max_model_len]
+        if bad:
+            raise ValueError(
+                f"prompts {bad[:8]} are empty or reach max_model_len {self.config.max_model_len}; shorten them or "
+                "raise max_model_len"
+            )
+
+    # ---- refit
+
+    def refit_connect(self, rank_offset: int, world: World, store: Store, options: RefitOptions) -> None:
+        """Join `world` with this engine's workers as ranks `rank_offset ..`. Raises RefitError."""
+        self._all("refit_connect", rank_offset, world, store, options)
+
+    def refit_plan(self) -> str:
+        """Declare, plan and agree; digest of the plan. Raises RefitError."""
+        digests = set(self._all("refit_plan"))
+        assert len(digests) == 1, "agreed plans have one digest"
+        return digests.pop()
+
+    def refit(self, version: int) -> list[RefitReport]:
+        """Take the trainers' weights as `version`; one report per worker, in rank order.
+
+        Raises:
+            RefitError: what the first failing worker said, with the others' words; the engine refuses to generate.
+        """
+        self._refusal = f"the update to version {version} is not committed"
+        reports = self._all("refit", version)
+        self._llm.reset_prefix_cache()
+        self.weight_version, self._refusal = version, None
+        return reports
+
+    def refit_close(self) -> None:
+        """Give up the workers' sessions; weights and version stay."""
+        self._all("refit_close")
+
+    def _all(self, method: str, *args: object) -> list[Any]:
+        """Call every worker; the values, or the first error with the others' words. Errors leave the engine refusing."""
+        if self._llm is None:
+            raise RuntimeError("the engine was closed; make a new one")
+        try:
+            values = self._llm.collective_rpc(method, args=args)
+        except Exception as error:
+            self._refusal = f"workers failed in {method}: {error}"
+            raise
+        errors = [v for v in values if isinstance(v, RefitError)]
+        if not errors:
+            return values
+        error = _join_errors(errors)
+        self._refusal = str(error)
+        raise error
+
+    # ---- tests and end of life
+
+    def read_parameters(self) -> list[dict[str, torch.Tensor]]:
+        """Copies of each worker's parameters by vLLM's names, as the kernels hold them."""
+        return self._llm.collective_rpc("read_parameters")
+
+    def collective_rpc(self, method: str, *args: object) -> list[Any]:
+        """Call a method of the worker extension on every worker."""
+        return self._llm.collective_rpc(method, args=args)
+
+    def close(self) -> None:
+        """End the workers and remove the shared-memory files that they left; idempotent."""
+        if self._llm is None:
+            return
+        llm, self._llm = self._llm, None
+        llm.llm_engine.engine_core.shutdown()
+        for path in self._shared_files:
+            Path(path).unlink(missing_ok=True)
+
+
+def _make_llm(config: GeneratorConfig) -> Any:
+    from vllm import LLM, envs
+    from vllm.platforms import current_platform
+
+    if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING is on; start the process with worker_env(config)")
+    on_cpu = current_platform.is_cpu()
+    memory = {"kv_cache_memory_bytes": config.kv_cache_memory_bytes}
+    return LLM(
+        model=config.model_path,
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+        dtype=config.precision,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
+        load_format=config.load_format,
+        seed=config.seed,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls=WORKER,
+        disable_log_stats=True,
+        **(memory if on_cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}),
+    )
+
+
+def _generated(output: Any, version: int) -> Generated:
+    tokens = tuple(int(t) for t in output.token_ids)
+    logprobs = tuple(float(step[token].logprob) for step, token in zip(output.logprobs, tokens, strict=True))
+    return Generated(tokens, logprobs, output.finish_reason == "stop", version)
+
+
+def _join_errors(errors: Sequence[RefitError]) -> RefitError:
+    """The first error that is not the echo of an earlier failure; the others' words stand in its detail."""
+    first = next((e for e in errors if not isinstance(e, PoisonedError)), errors[0])
+    others = [str(e) for e in errors if e is not first and e.detail != first.detail]
+    if not others:
+        return first
+    detail = f"{first.detail}; other workers: {'; '.join(others)}"
+    return type(first)(detail, rank=first.rank, phase=first.phase, remedy=first.remedy)
+
+
+def _mapped_shared_memory() -> set[str]:
+    """Files under /dev/shm that this process or a child of it has mapped."""
+    found = set()
+    for pid in _family():
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:  # not Linux, or the child ended
+            continue
+        paths = (line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line)
+        found |= {p for p in paths if not p.endswith("(deleted)")}
+    return found
+
+
+def _family() -> list[int]:
+    import multiprocessing
+    import os
+
+    return [os.getpid(), *(p.pid for p in multiprocessing.active_children() if p.pid is not None)]
+
+
+def _made_since(path: str, started: float) -> bool:
+    try:
+        return Path(path).stat().st_ctime >= started - 1.0
+    except OSError:
+        return False
