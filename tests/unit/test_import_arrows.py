@@ -21,14 +21,16 @@ ARROWS = {
     "config": set(),
     "metrics": set(),
     "grpo": {"refit", "config"},
-    "preflight": {"config", "checkpoint", "grpo", "trainer", "generator"},
-    "cluster": {"config", "refit", "grpo", "trainer", "generator"},
+    "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
+    "topology": {"config"},
+    "cluster": {"config", "topology"},
+    "actors": {"config", "topology", "cluster", "refit", "grpo", "trainer", "generator"},
 }
 # External package -> the only parts of nemo_rl that may import it.
 ONLY = {
     "megatron": {"trainer"},
     "vllm": {"generator"},
-    "ray": {"cluster", "trainer", "generator"},
+    "ray": {"cluster", "actors", "trainer", "generator"},
     "hydra": {"config"},
     "omegaconf": {"config"},
     "rich": {"metrics"},

@@ -1,0 +1,176 @@
+"""Ray: start or join a cluster, place one actor per trainer rank and per engine, and never wait without a deadline."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from nemo_rl.config import ClusterConfig
+from nemo_rl.topology import Topology
+
+log = logging.getLogger(__name__)
+_DEAD = (RayActorError, ActorDiedError, ActorUnavailableError)
+_GRACE_S = 3.0  # how long peers of a failed actor may still say what they saw
+
+
+class ClusterError(RuntimeError):
+    """Actors could not be placed, died, failed or did not answer in time; the message names which and in what phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """One placed actor. `name` says which ranks it holds, as `trainer 1 (rank 1)`."""
+
+    name: str
+    handle: Any
+
+
+class Cluster:
+    """A Ray cluster for one run. A context manager: on the way out all its actors are killed.
+
+    Args:
+        device: `cpu` or `cuda`; with `cuda`, each rank holds a GPU, otherwise one CPU slot (a virtual device).
+
+    Raises (on entering):
+        ClusterError: the cluster cannot be reached, or lacks the devices of `topology`.
+    """
+
+    def __init__(self, config: ClusterConfig, topology: Topology, device: str) -> None:
+        self._config, self._topology = config, topology
+        self._resource = "GPU" if device == "cuda" else "CPU"
+        self._group: PlacementGroup | None = None
+        self._actors: list[Actor] = []
+        self._owner = False
+
+    def __enter__(self) -> Cluster:
+        self._owner = not ray.is_initialized()
+        try:
+            if self._owner:
+                self._start()
+            self._reserve()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        options: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.WARNING, configure_logging=False)
+        if self._config.address is None:
+            devices = self._config.gpus_per_node * self._config.num_nodes
+            options |= dict(include_dashboard=False, object_store_memory=self._config.object_store_bytes)
+            options["num_cpus"] = devices
+        try:
+            ray.init(address=self._config.address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"Ray did not start at address {self._config.address}: {error}") from error
+
+    def _reserve(self) -> None:
+        """All devices of the run, or none: one bundle per trainer rank, one per engine."""
+        sizes = [1] * self._topology.num_trainers + [self._topology.generator_size] * self._topology.num_replicas
+        have, need = ray.cluster_resources().get(self._resource, 0), sum(sizes)
+        if have < need:
+            raise ClusterError(
+                f"{need} ranks need a {self._resource} each but the cluster has {have:g}; add nodes, or lower "
+                "cluster.gpus_per_node and the parallel sizes"
+            )
+        bundles = [{"CPU": float(n)} | ({"GPU": float(n)} if self._resource == "GPU" else {}) for n in sizes]
+        self._group = placement_group(bundles, strategy="PACK")
+        if not self._group.wait(self._config.start_deadline_s):
+            raise ClusterError(
+                f"the cluster has {have:g} {self._resource}s but did not free {need} of them within "
+                f"{self._config.start_deadline_s:g} s; end other jobs, or raise cluster.start_deadline_s"
+            )
+
+    def place(
+        self, name: str, bundle: int, actor_class: type, env: Mapping[str, str], *args: Any, **kwargs: Any
+    ) -> Actor:
+        """Start `actor_class(*args, **kwargs)` on devices `bundle`: trainer rank, or trainers + replica."""
+        size = 1 if bundle < self._topology.num_trainers else self._topology.generator_size
+        remote = ray.remote(actor_class).options(
+            num_cpus=size,
+            num_gpus=size if self._resource == "GPU" else 0,
+            runtime_env={"env_vars": dict(env)},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        actor = Actor(name, remote.remote(*args, **kwargs))
+        self._actors.append(actor)
+        return actor
+
+    def close(self) -> None:
+        """Kill the actors, give the devices back, and stop Ray where this object started it. Idempotent."""
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._owner and ray.is_initialized():
+            ray.shutdown()
+
+
+def wait_all(calls: Sequence[tuple[Actor, Any]], phase: str, deadline_s: float) -> list[Any]:
+    """Results of `(actor, reference)` pairs, in order.
+
+    The first failure ends the wait: peers get a few seconds to say what they saw, and one error tells it all.
+
+    Raises:
+        ClusterError: an actor died, raised, or did not answer within `deadline_s`; `__cause__` is the first failure.
+    """
+    names = {reference: actor.name for actor, reference in calls}
+    pending, limit = list(names), time.monotonic() + deadline_s
+    failures: dict[str, BaseException] = {}
+    while pending and time.monotonic() < limit:
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(limit - time.monotonic(), 0.0))
+        for reference in done:
+            error = _failure(reference)
+            if error is not None:
+                failures[names[reference]] = error
+                limit = min(limit, time.monotonic() + _GRACE_S)
+    if failures or pending:
+        raise _error(phase, deadline_s, failures, [names[r] for r in pending]) from next(iter(failures.values()), None)
+    return [ray.get(reference) for _, reference in calls]
+
+
+def _failure(reference: Any) -> BaseException | None:
+    try:
+        ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, BaseException) else error
+    except _DEAD as error:
+        return error
+    return None
+
+
+def _error(phase: str, deadline_s: float, failures: Mapping[str, BaseException], silent: Sequence[str]) -> ClusterError:
+    """Dead actors first: they are why the others fail."""
+    dead = [name for name, error in failures.items() if isinstance(error, _DEAD)]
+    lines = [f"{name} died" for name in dead]
+    lines += [f"{name}: {_said(error)}" for name, error in failures.items() if name not in dead]
+    if silent:
+        waited = "had not answered when the others failed" if failures else f"did not answer within {deadline_s:g} s"
+        lines.append(f"{', '.join(silent)} {waited}")
+    return ClusterError(f"phase '{phase}' failed: " + "; ".join(lines))
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip()
+    if isinstance(error, RayTaskError):  # the text is a whole traceback, its last line the error
+        text = text.splitlines()[-1]
+    return f"{type(error).__name__}: {text}" if not isinstance(error, RayTaskError) else text

@@ -1,0 +1,90 @@
+"""Which ranks a configuration asks for: trainers first, then the workers of every generator replica."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rl.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Ranks of one run, each on a device of its own.
+
+    Attributes:
+        num_trainers: Megatron ranks.
+        num_replicas: vLLM engines.
+        generator_size: tensor-parallel ranks of each engine.
+    """
+
+    num_trainers: int
+    num_replicas: int
+    generator_size: int
+
+    @property
+    def num_generators(self) -> int:
+        """Generator ranks of all replicas."""
+        return self.num_replicas * self.generator_size
+
+    def first_rank(self, replica: int) -> int:
+        """World rank of the first worker of `replica`."""
+        return self.num_trainers + replica * self.generator_size
+
+
+def topology_of(config: Config) -> tuple[Topology, list[str]]:
+    """The ranks that `config` asks for, and everything that is wrong with their numbers, with the remedy.
+
+    Generators take `policy.generation.colocated.resources`, or what the smallest trainer layout leaves over; trainers
+    take the rest.
+    """
+    megatron, resources = config.policy.megatron_cfg, config.policy.generation.colocated.resources
+    size, cluster = config.policy.generation.vllm_cfg.tensor_parallel_size, config.cluster
+    problems = [f"{key}={value}: at least 1 is needed" for key, value in _sizes(config).items() if value < 1]
+    if problems:
+        return Topology(1, 1, 1), problems
+    total = cluster.gpus_per_node * cluster.num_nodes
+    stage = megatron.pipeline_model_parallel_size
+    dense = megatron.tensor_model_parallel_size * stage
+    sparse = megatron.expert_model_parallel_size * megatron.expert_tensor_parallel_size * stage
+    smallest = max(dense, sparse)
+    asked = resources.gpus_per_node
+    generators = total - smallest if asked is None else asked * (resources.num_nodes or 1)
+    trainers = total - generators
+    devices = f"cluster.gpus_per_node={cluster.gpus_per_node} x cluster.num_nodes={cluster.num_nodes} = {total} devices"
+    key = "policy.generation.colocated.resources.gpus_per_node"
+    if generators < size or trainers < smallest:
+        problems.append(
+            f"more ranks than resources: trainers need {smallest} (TP x PP = {dense}, EP x ETP x PP = {sparse}), one "
+            f"generator needs {size}, and there are {devices}, {max(generators, 0)} of them for generators; raise "
+            f"cluster.gpus_per_node or cluster.num_nodes, or lower the parallel sizes or {key}"
+        )
+    else:
+        problems += [
+            f"{trainers} trainer ranks are not a multiple of {name} = {part}; change {key} or cluster.gpus_per_node"
+            for name, part in {"TP x PP": dense, "EP x ETP x PP": sparse}.items()
+            if trainers % part
+        ]
+        if generators % size:
+            problems.append(
+                f"{generators} generator devices are not a multiple of policy.generation.vllm_cfg.tensor_parallel_size="
+                f"{size}; change {key} or the parallel size"
+            )
+    return Topology(max(trainers, 1), max(generators // size, 1), size), problems
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    megatron, resources = config.policy.megatron_cfg, config.policy.generation.colocated.resources
+    prefix = "policy.megatron_cfg."
+    sizes = {
+        "cluster.gpus_per_node": config.cluster.gpus_per_node,
+        "cluster.num_nodes": config.cluster.num_nodes,
+        f"{prefix}tensor_model_parallel_size": megatron.tensor_model_parallel_size,
+        f"{prefix}pipeline_model_parallel_size": megatron.pipeline_model_parallel_size,
+        f"{prefix}expert_model_parallel_size": megatron.expert_model_parallel_size,
+        f"{prefix}expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
+        "policy.generation.vllm_cfg.tensor_parallel_size": config.policy.generation.vllm_cfg.tensor_parallel_size,
+    }
+    for name, value in (("gpus_per_node", resources.gpus_per_node), ("num_nodes", resources.num_nodes)):
+        if value is not None:
+            sizes[f"policy.generation.colocated.resources.{name}"] = value
+    return sizes
