@@ -1,0 +1,107 @@
+"""What a Megatron rank holds, as boxes of Hugging Face tensors: Megatron's own statement joined with a family rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+
+from nemo_rl.refit.layout import Holding, TensorTable
+from nemo_rl.refit.region import Region
+from nemo_rl.trainer import families
+from nemo_rl.trainer.cpu import megatron_on_cpu
+from nemo_rl.trainer.shape import ModelShape
+
+
+class MegatronSource:
+    """The trainer's side of a refit; see `nemo_rl.refit.base.Source`.
+
+    Make it when Megatron's DDP and optimizer exist: both may move parameters into buffers of their own. From then on
+    they update parameters in place, so that holdings stay valid over optimizer steps.
+    """
+
+    def __init__(self, model: torch.nn.Module, shape: ModelShape, dtype: torch.dtype) -> None:
+        """
+        Args:
+            model: this rank's GPTModel, unwrapped.
+            dtype: of all its weights.
+
+        Raises:
+            ValueError: a tensor of the model is unknown to the family rule, or is not in `dtype`; all by name.
+        """
+        self._table = families.table(shape, dtype)
+        self._holdings, self._unused = _derive(model, shape, dtype)
+
+    def table(self) -> TensorTable:
+        """Every Hugging Face tensor of the whole model, held by this rank or not."""
+        return dict(self._table)
+
+    def holdings(self) -> list[Holding]:
+        """Live views of this rank's weights, replicas included; they alias the storage that the optimizer updates."""
+        return list(self._holdings)
+
+    def unused(self) -> Mapping[str, str]:
+        """Megatron's entries that are no weights."""
+        return dict(self._unused)
+
+
+def _derive(model: torch.nn.Module, shape: ModelShape, dtype: torch.dtype) -> tuple[list[Holding], dict[str, str]]:
+    holdings: dict[tuple[str, Region], Holding] = {}
+    unused: dict[str, str] = {}
+    problems: list[str] = []
+    for key, shard in _shards(model):
+        if isinstance(shard, ShardedObject):
+            unused[key] = "Megatron's extra state, which holds no weight"
+            continue
+        try:
+            for holding in _held(shard, shape, dtype):
+                # A tied output layer on the first stage is the embedding again.
+                holdings.setdefault((holding.fqn, holding.region), holding)
+        except ValueError as error:
+            problems.append(str(error))
+    problems += _not_live(model, holdings.values())
+    if problems:
+        raise ValueError("trainer layout refused: " + "; ".join(problems))
+    return list(holdings.values()), unused
+
+
+def _shards(model: torch.nn.Module) -> Iterator[tuple[str, ShardedTensor | ShardedObject]]:
+    """Every entry of Megatron's sharded state, with gate and up of `linear_fc1` apart."""
+    metadata = {
+        # One global tensor per layer and per expert instead of an extra axis over all of them.
+        "non_homogeneous_layers": True,
+        "singleton_local_shards": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    with megatron_on_cpu():
+        state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for value in state.values():
+            parts = value.build() if isinstance(value, ShardedTensorFactory) else value
+            for part in parts if isinstance(parts, list) else [parts]:
+                yield part.key, part
+
+
+def _held(shard: ShardedTensor, shape: ModelShape, dtype: torch.dtype) -> Iterator[Holding]:
+    data = shard.data
+    if shard.prepend_axis_num or data is None or tuple(data.shape) != tuple(shard.local_shape):
+        raise ValueError(f"{shard.key}: Megatron describes it in a form with extra axes; a plain shard is needed")
+    if data.dtype != dtype:
+        raise ValueError(f"{shard.key}: is {data.dtype}, but the model is declared {dtype}")
+    mine = Region(tuple(map(int, shard.global_offset)), tuple(map(int, shard.local_shape)))
+    for box in families.boxes(shape, shard.key, tuple(map(int, shard.global_shape))):
+        common = box.source.intersect(mine)
+        if common is not None:
+            yield Holding(box.fqn, box.to_hf(common), data.detach()[common.slices_in(mine)])
+
+
+def _not_live(model: torch.nn.Module, holdings: Any) -> list[str]:
+    """Views whose storage is no parameter's or buffer's: copies, which the optimizer would never update."""
+    live = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    return [
+        f"{h.fqn} {h.region}: Megatron gave a copy, not its parameter; it would never change"
+        for h in holdings
+        if h.view.untyped_storage().data_ptr() not in live
+    ]
