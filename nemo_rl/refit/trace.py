@@ -1,0 +1,345 @@
+"""What a loader does with every tensor, seen by running it once on tensors without storage.
+
+A loader is any function of `(name, tensor)` pairs that fills parameters. It runs on meta tensors under a dispatch mode
+that swallows each `aten::copy_` and notes which box of which fed tensor would land in which strided view of which
+parameter. Tensors that arrive by views and copies alone become rows; those whose value the loader computes, or whose
+way is not a box, are misc. Every byte of every parameter is accounted for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nemo_rl.refit.cover import ByteRange, account, common, join, strided_ranges, view_ranges
+from nemo_rl.refit.layout import TensorMeta, TensorTable
+from nemo_rl.refit.region import Region
+
+Load = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRow:
+    """The loader copies `region` of `fqn` to one strided view of a parameter's storage.
+
+    The view is `as_strided(region.sizes, stride, storage_offset)` of the storage of `param`, axes in the Hugging Face
+    tensor's order; offset and strides count elements. Parameters that share a storage go by the first one's name.
+    """
+
+    fqn: str
+    region: Region
+    param: str
+    storage_offset: int
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a loader does with a table of tensors.
+
+    Attributes:
+        rows: copies of boxes, in the loader's order; none belongs to a tensor of `misc`.
+        misc: tensors whose value the loader computes or whose way is not a box, with the reason.
+        padding: parameter -> byte ranges of its storage that the loader fills with a constant.
+        problems: what must refuse a plan: bytes nobody writes or two write, values no fed tensor explains, a loader
+            that stopped.
+    """
+
+    rows: tuple[TracedRow, ...]
+    misc: Mapping[str, str]
+    padding: Mapping[str, tuple[ByteRange, ...]]
+    problems: tuple[str, ...]
+
+
+def trace_loader(
+    load: Load, table: TensorTable, params: Mapping[str, torch.Tensor], derived: Mapping[str, str] | None = None
+) -> Trace:
+    """Run `load` once on meta tensors of `table` and account for every byte of `params`.
+
+    Args:
+        params: the tensors that `load` fills, on the meta device; those that share a storage count once.
+        derived: parameters that the loader may leave alone, with the reason.
+
+    Raises:
+        ValueError: a parameter has storage, so that running the loader could change it.
+    """
+    real = [name for name, p in params.items() if p.device.type != "meta"]
+    if real:
+        raise ValueError(f"parameters must be on the meta device to trace a loader, these are not: {', '.join(real)}")
+    recorder = _Recorder(table, params)
+    stopped = ""
+    with torch.no_grad(), recorder:
+        try:
+            load(recorder.feed())
+        except Exception as error:  # any failure of foreign code is an answer: this table cannot be loaded
+            stopped = f"the loader stopped after {recorder.last or 'no tensor'}: {type(error).__name__}: {error}"
+    if stopped:
+        return Trace(tuple(recorder.kept_rows()), recorder.misc, {}, (stopped, *recorder.problems))
+    padding, problems = recorder.check_cover(derived or {})
+    return Trace(tuple(recorder.kept_rows()), recorder.misc, padding, (*recorder.problems, *problems))
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share a storage, as long as one of them lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def box_of_copy(meta: TensorMeta, src: torch.Tensor, dst: torch.Tensor) -> tuple[Region, tuple[int, ...]] | str:
+    """The box of a contiguous tensor of `meta` that `dst.copy_(src)` moves, `src` being a view of that tensor.
+
+    Returns:
+        The box and the destination's strides in the tensor's axis order, or why there is none.
+    """
+    if src.dtype != meta.dtype or dst.dtype != src.dtype:
+        return f"cast from {meta.dtype} to {dst.dtype}" if src.dtype == meta.dtype else f"viewed as {src.dtype}"
+    lead = dst.dim() - src.dim()
+    sizes = (1,) * lead + tuple(src.shape)
+    if sizes != tuple(dst.shape):
+        return f"broadcast from {tuple(src.shape)} to {tuple(dst.shape)}"
+    dims = zip(sizes, (0,) * lead + src.stride(), dst.stride(), strict=True)
+    return _box(meta.shape, src.storage_offset(), _coalesce([d for d in dims if d[0] > 1]))
+
+
+def _coalesce(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Join dims (size, source stride, destination stride) that are one run in source and destination alike."""
+    out: list[tuple[int, int, int]] = []
+    for size, src, dst in sorted(dims, key=lambda d: -d[1]):
+        if out and out[-1][1] == src * size and out[-1][2] == dst * size:
+            out[-1] = (out[-1][0] * size, src, dst)
+        else:
+            out.append((size, src, dst))
+    return out
+
+
+def _box(shape: tuple[int, ...], offset: int, dims: list[tuple[int, int, int]]) -> tuple[Region, tuple[int, ...]] | str:
+    """Give each dim the axes of the contiguous `shape` that it runs over; axes without a dim have size 1."""
+    if any(src == 0 or dst == 0 for _, src, dst in dims):
+        return "an expanded view (stride 0)"
+    offsets, steps, step = [0] * len(shape), [0] * len(shape), 1
+    for axis in reversed(range(len(shape))):
+        steps[axis], step = step, step * shape[axis]
+    for axis in range(len(shape)):
+        offsets[axis], offset = divmod(offset, steps[axis])
+    sizes, strides = [1] * len(shape), [1] * len(shape)
+    for size, src, dst in dims:
+        axis = next((a for a in range(len(shape)) if steps[a] == src and shape[a] > 1), -1)
+        while size > 1:
+            whole = axis >= 0 and sizes[axis] == 1
+            if not whole:
+                return f"a view of shape {shape} that takes steps or regroups axes, which is no box"
+            take = min(size, shape[axis])
+            if size % take or offsets[axis] + take > shape[axis]:
+                return f"a view of shape {shape} that crosses from one row into the next, which is no box"
+            sizes[axis], strides[axis] = take, dst
+            size, dst = size // take, dst * take
+            axis = next((a for a in reversed(range(axis)) if shape[a] > 1), -1)
+    return Region(tuple(offsets), tuple(sizes)), tuple(strides)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every write to a parameter and from which fed tensors each value comes.
+
+    Attributes:
+        misc: fqn -> reason.
+        problems: writes that no fed tensor explains.
+        last: name of the tensor that the loader took last.
+    """
+
+    def __init__(self, table: TensorTable, params: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.misc: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.last = ""
+        self._table, self._params = table, params
+        self._name: dict[int, str] = {}
+        for name, param in params.items():
+            self._name.setdefault(storage_id(param), name)
+        self._alive: list[Any] = [p.untyped_storage() for p in params.values()]  # ids stay unique while these live
+        self._pure: dict[int, str] = {}  # storage of an unchanged fed tensor -> fqn
+        self._origin: dict[int, set[str]] = {key: set() for key in self._name}  # storage -> fqns its value depends on
+        self._how: dict[int, str] = {}  # storage -> the operation that computed it
+        self._rows: list[TracedRow] = []
+        self._copied: defaultdict[int, list[tuple[str, np.ndarray]]] = defaultdict(list)  # (fqn, bytes) of each row
+        self._computed: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+        self._fills: defaultdict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)  # (copies before it, bytes)
+        self._reached: set[int] = set()  # parameter storages that a fed tensor was copied to, be it zero elements
+
+    def feed(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The table's tensors on the meta device, made as the loader asks for them."""
+        for fqn, meta in self._table.items():
+            tensor = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+            key = self._register(tensor)
+            self._pure[key], self._origin[key], self.last = fqn, {fqn}, fqn
+            yield fqn, tensor
+
+    def kept_rows(self) -> list[TracedRow]:
+        """Rows of tensors that are not misc."""
+        return [row for row in self._rows if row.fqn not in self.misc]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "aten::copy_":
+            return self._copy(func, args, kwargs)
+        written = _written(func, args, kwargs)
+        read = [t for t in _tensors((args, kwargs)) if name not in _FILLS or all(t is not w for w in written)]
+        out = func(*args, **kwargs)
+        fqns = set().union(*(self._origin.get(storage_id(t), set()) for t in read))
+        for tensor in written:
+            self._wrote(tensor, fqns, name)
+        if fqns:
+            for tensor in _tensors(out):
+                self._made(tensor, fqns, name)
+        return out
+
+    def _register(self, tensor: torch.Tensor) -> int:
+        self._alive.append(tensor.untyped_storage())
+        return storage_id(tensor)
+
+    def _made(self, tensor: torch.Tensor, fqns: set[str], op: str) -> None:
+        """An operation on values of `fqns` returned `tensor`; a view of known storage is nothing new."""
+        if storage_id(tensor) not in self._origin:
+            key = self._register(tensor)
+            self._origin[key], self._how[key] = set(fqns), op
+
+    def _copy(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        dst: torch.Tensor = args[0]
+        src: torch.Tensor = args[1]
+        key, fqns = storage_id(src), self._origin.get(storage_id(src), set())
+        if storage_id(dst) not in self._name:
+            if dst.device.type != "meta" and src.device.type != "meta":
+                func(*args, **kwargs)
+            self._wrote(dst, fqns, "aten::copy_")
+        elif key not in self._pure:
+            self._wrote(dst, fqns, self._how.get(key, "aten::copy_"))
+        else:
+            self._copy_fed(self._pure[key], src, dst)
+        return dst
+
+    def _copy_fed(self, fqn: str, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """A view of the unchanged fed tensor `fqn` is copied to a parameter: a row, or misc."""
+        key = storage_id(dst)
+        self._reached.add(key)
+        self._origin[key].add(fqn)
+        if dst.numel() == 0:
+            return
+        name = self._name[key]
+        found = box_of_copy(self._table[fqn], src, dst)
+        if dst.dtype != self._params[name].dtype:
+            found = f"{name} of {self._params[name].dtype} is written as {dst.dtype}"
+        if isinstance(found, str):
+            self.misc.setdefault(fqn, f"the loader copies it to {name} through {found}")
+            self._computed[key].append(view_ranges(dst))
+            return
+        region, stride = found
+        row = TracedRow(fqn, region, name, dst.storage_offset(), stride)
+        size = dst.element_size()
+        self._rows.append(row)
+        self._copied[key].append((fqn, strided_ranges(row.storage_offset * size, region.sizes, stride, size)))
+
+    def _wrote(self, dst: torch.Tensor, fqns: set[str], op: str) -> None:
+        """`op` wrote values of `fqns` to `dst` in place, other than by a plain copy of a fed tensor."""
+        key = storage_id(dst)
+        name = self._name.get(key)
+        if name is not None and op in _FILLS and not fqns:
+            if dst.numel():
+                self._fills[key].append((len(self._copied[key]), view_ranges(dst)))
+            return
+        if name is None:
+            self._wrote_elsewhere(dst, fqns, op)
+            return
+        if dst.numel():
+            self._computed[key].append(view_ranges(dst))
+        self._origin[key] |= fqns
+        for fqn in sorted(fqns):
+            self.misc.setdefault(fqn, f"the loader computes {name} from it by {op}")
+        if not fqns and dst.numel():
+            self.problems.append(
+                f"{name}: {_spans(_sorted(view_ranges(dst)))} written by {op} with values that come from no tensor of "
+                "the table"
+            )
+
+    def _wrote_elsewhere(self, dst: torch.Tensor, fqns: set[str], op: str) -> None:
+        """A value of `fqns` went to a tensor that is no parameter; only the loader itself can repeat that."""
+        key = storage_id(dst)
+        fqns = fqns | self._origin.get(key, set())
+        if not fqns:
+            return
+        if key not in self._origin:
+            self._register(dst)
+        self._pure.pop(key, None)
+        self._origin[key], self._how[key] = fqns, op
+        for fqn in sorted(fqns):
+            self.misc.setdefault(fqn, f"the loader writes it by {op} to a tensor that is no parameter")
+
+    def check_cover(self, derived: Mapping[str, str]) -> tuple[dict[str, tuple[ByteRange, ...]], list[str]]:
+        """Padding of every parameter, and a problem for every byte that is not written as it must be."""
+        padding: dict[str, tuple[ByteRange, ...]] = {}
+        problems = [
+            f"{n}: the loader replaced its storage; it must be filled in place"
+            for n, p in self._params.items()
+            if storage_id(p) not in self._name
+        ]
+        sharing: defaultdict[int, list[str]] = defaultdict(list)
+        for name, param in self._params.items():
+            sharing[storage_id(param)].append(name)
+        for key, name in self._name.items():
+            pads, found = self._check_storage(key, sharing[key], any(n in derived for n in sharing[key]))
+            problems += [f"{name}: {text}" for text in found]
+            if pads:
+                padding[name] = pads
+        return padding, problems
+
+    def _check_storage(self, key: int, names: list[str], derived: bool) -> tuple[tuple[ByteRange, ...], list[str]]:
+        target = join(view_ranges(self._params[n]) for n in names)
+        rows = self._copied[key]
+        copied = join(r for fqn, r in rows if fqn not in self.misc)
+        computed = join([*self._computed[key], *(r for fqn, r in rows if fqn in self.misc)])
+        filled = join(r for _, r in self._fills[key])
+        got, size = account(target, copied, computed, filled), int((target[:, 1] - target[:, 0]).sum())
+        untouched = not len(copied) and not len(computed) and key not in self._reached
+        if untouched and size:
+            what = "only a constant is written" if len(filled) else "nothing is written"
+            text = f"{what} to its {size} bytes: the table lacks its tensor, or it must be declared as derived"
+            return tuple(got.padding), [] if derived else [text]
+        found = [f"{_spans(got.holes)} of {size} written by no tensor"] if got.holes else []
+        found += [f"{_spans(got.twice)} of {size} written more than once"] if got.twice else []
+        for before, ranges in self._fills[key]:
+            lost = common(join(r for _, r in rows[:before]), ranges)
+            found += (
+                [f"{_spans(lost)} of {size} filled with a constant after a tensor was copied there"] if lost else []
+            )
+        return tuple(got.padding), found
+
+
+_FILLS = frozenset({"aten::fill_", "aten::zero_"})
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Tensors that an operation writes in place, by its schema."""
+    found: list[torch.Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def _sorted(ranges: np.ndarray) -> list[ByteRange]:
+    return [(int(a), int(b)) for a, b in ranges[np.argsort(ranges[:, 0])]]
+
+
+def _spans(ranges: list[ByteRange]) -> str:
+    """`bytes 0:8, 16:24 and 3 more ranges`."""
+    shown = ", ".join(f"{a}:{b}" for a, b in ranges[:4])
+    return f"bytes {shown}" + (f" and {len(ranges) - 4} more ranges" if len(ranges) > 4 else "")
