@@ -71,7 +71,10 @@ class ColocatedConfig:
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """One engine. `kv_cache_memory_bytes` bounds the KV cache on CPU, `gpu_memory_utilization` on GPU."""
+    """One engine. `kv_cache_memory_bytes` bounds the KV cache on CPU, `gpu_memory_utilization` on GPU.
+
+    `load_format=dummy` starts engines from random weights; the refit before the first step brings the real ones.
+    """
 
     tensor_parallel_size: int = 1
     precision: str = "float32"
@@ -80,6 +83,7 @@ class VllmConfig:
     max_model_len: int = 64
     max_num_seqs: int = 256
     enforce_eager: bool = True
+    load_format: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

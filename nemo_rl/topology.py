@@ -39,7 +39,7 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
     """
     megatron, resources = config.policy.megatron_cfg, config.policy.generation.colocated.resources
     size, cluster = config.policy.generation.vllm_cfg.tensor_parallel_size, config.cluster
-    problems = [f"{key}={value}: at least 1 is needed" for key, value in _sizes(config).items() if value < 1]
+    problems = [f"{key}={value}: at least 1 is needed" for key, value in parallel_sizes(config).items() if value < 1]
     if problems:
         return Topology(1, 1, 1), problems
     total = cluster.gpus_per_node * cluster.num_nodes
@@ -72,7 +72,8 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
     return Topology(max(trainers, 1), max(generators // size, 1), size), problems
 
 
-def _sizes(config: Config) -> dict[str, int]:
+def parallel_sizes(config: Config) -> dict[str, int]:
+    """Key -> value of every size that must be at least 1."""
     megatron, resources = config.policy.megatron_cfg, config.policy.generation.colocated.resources
     prefix = "policy.megatron_cfg."
     sizes = {

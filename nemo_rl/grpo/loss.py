@@ -51,8 +51,15 @@ class LossInputs:
 
     def rows(self, start: int, stop: int) -> LossInputs:
         """The inputs of samples `start .. stop - 1`."""
-        columns = (self.advantages, self.mask, self.old_logprobs, self.generator_logprobs, self.reference_logprobs)
-        return LossInputs(*(column[start:stop] for column in columns))
+        return LossInputs(*(column[start:stop] for column in self._columns))
+
+    def to(self, device: torch.device) -> LossInputs:
+        """The inputs on `device`."""
+        return LossInputs(*(column.to(device) for column in self._columns))
+
+    @property
+    def _columns(self) -> tuple[torch.Tensor, ...]:
+        return self.advantages, self.mask, self.old_logprobs, self.generator_logprobs, self.reference_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +139,16 @@ def generator_kl_error(trainer_logprobs: torch.Tensor, generator_logprobs: torch
     """k3 estimate of KL(generator || trainer) on the sampled tokens: 0 where both hold the same weights."""
     kept = mask > 0
     return float(k3(generator_logprobs[kept].double(), trainer_logprobs[kept].double()).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLoss:
+    """The loss of one global batch as a trainer calls it, part by part; sent to every trainer rank."""
+
+    inputs: LossInputs
+    options: LossOptions
+    normalizer: Normalizer
+
+    def __call__(self, logprobs: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss and metrics of rows `start .. stop - 1`, whose token log-probabilities are `logprobs`."""
+        return grpo_loss(logprobs, self.inputs.rows(start, stop).to(logprobs.device), self.options, self.normalizer)

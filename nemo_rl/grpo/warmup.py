@@ -54,9 +54,9 @@ def ensure_start_model(config: Config) -> Path:
     return path
 
 
-def build_model(settings: StartModelConfig, max_length: int) -> Any:
-    """A randomly initialized transformers model, fp32, seeded."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+def start_model_config(settings: StartModelConfig, max_length: int) -> Any:
+    """The transformers configuration of the start model."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
 
     tokenizer = byte_tokenizer()
     common: dict[str, Any] = dict(
@@ -74,21 +74,24 @@ def build_model(settings: StartModelConfig, max_length: int) -> Any:
         eos_token_id=tokenizer.token_to_id(EOS),
         dtype="float32",
     )
-    torch.manual_seed(settings.seed)
     if settings.kind == "dense":
-        return Qwen3ForCausalLM(Qwen3Config(**common))
-    moe = dict(
+        return Qwen3Config(architectures=["Qwen3ForCausalLM"], **common)
+    return Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
         num_experts=settings.num_experts,
         num_experts_per_tok=settings.num_experts_per_tok,
         moe_intermediate_size=settings.moe_intermediate_size,
         norm_topk_prob=True,
+        **common,
     )
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe))
 
 
 def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> Any:
     """Train on solved problems with AdamW, linear decay, and loss on the answers only."""
-    model = build_model(settings, max_length)
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(settings.seed)
+    model = AutoModelForCausalLM.from_config(start_model_config(settings, max_length), dtype=torch.float32)
     task = Task(data.task, data.min_items, data.max_items, settings.seed)
     tokenizer = byte_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warmup_lr, betas=(0.9, 0.98), weight_decay=0.01)

@@ -1,0 +1,40 @@
+"""Train a model with GRPO: `run_grpo.py --config examples/configs/grpo_qwen3_tiny_cpu.yaml key=value ...`.
+
+The keys are those of `nemo_rl/config.py`. Exits with 2 where the configuration is refused, with 1 where the run fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from nemo_rl.cluster import ClusterError
+from nemo_rl.config import ConfigError, load_config
+from nemo_rl.driver import run
+
+DEFAULT = Path(__file__).parent / "configs" / "grpo_qwen3_tiny_cpu.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Train a model with GRPO.")
+    parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        run(load_config(options.config, options.overrides), options.config.stem, Console())
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except ClusterError as error:
+        sys.stderr.write(f"the run failed: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""One GRPO run from a configuration: checks, start model, cluster, loop, summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nemo_rl.actors import Actors
+from nemo_rl.cluster import Cluster, ClusterError
+from nemo_rl.config import Config, ConfigError, to_yaml
+from nemo_rl.grpo.data import load_tokenizer
+from nemo_rl.grpo.loop import GrpoLoop
+from nemo_rl.grpo.warmup import ensure_start_model
+from nemo_rl.metrics import RunRecorder, make_run_folder, start_logging
+from nemo_rl.preflight import START_MODEL, validate
+from nemo_rl.topology import topology_of
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, title: str, console: Console) -> Path:
+    """Check `config`, then train. Returns the run's folder.
+
+    Raises:
+        ConfigError: the configuration cannot work; no actor was started and no folder made.
+        ClusterError: actors could not be placed, died or failed; what was recorded stays in the run's folder.
+    """
+    console.print("checking the configuration", style="dim")
+    if problems := validate(config):
+        raise ConfigError(problems)
+    folder = make_run_folder(Path(config.logger.log_dir), config.logger.run_name, title)
+    start_logging(folder, config.logger.level, console)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    model_path = _model_path(config, console)
+    topology, _ = topology_of(config)
+    console.print(
+        f"starting {topology.num_trainers} trainer ranks and {topology.num_replicas} generators of "
+        f"{topology.generator_size} rank(s)",
+        style="dim",
+    )
+    try:
+        with (
+            Cluster(config.cluster, topology, device_of(config)) as cluster,
+            Actors(config, model_path, topology, device_of(config), cluster) as actors,
+        ):
+            _train(config, title, folder, model_path, actors, console)
+    except ClusterError:
+        log.exception("the run ended early")
+        raise
+    return folder
+
+
+def device_of(config: Config) -> str:
+    """`cpu` or `cuda`."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stop_token_ids(model_path: Path) -> tuple[int, ...]:
+    """End-of-sequence tokens of a checkpoint: `generation_config.json` before `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        path = model_path / name
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    return ()
+
+
+def _model_path(config: Config, console: Console) -> Path:
+    if config.policy.model_name != START_MODEL:
+        return Path(config.policy.model_name).resolve()
+    console.print("preparing the start model", style="dim")
+    return ensure_start_model(config).resolve()
+
+
+def _train(config: Config, title: str, folder: Path, model_path: Path, actors: Actors, console: Console) -> None:
+    trainers, generators, refitter = actors.groups(stop_token_ids(model_path))
+    log.info("%s", refitter.connect())
+    options = dict(bar=config.logger.progress and console.is_terminal, tensorboard=config.logger.tensorboard_enabled)
+    with RunRecorder(folder, title, config.grpo.max_num_steps, console, **options) as recorder:
+        loop = GrpoLoop(config, load_tokenizer(model_path), trainers, generators, refitter, recorder.record)
+        try:
+            loop.run()
+        finally:
+            recorder.summarize()

@@ -1,0 +1,248 @@
+"""Everything that can be known to be wrong before any actor starts, all at once, each with its remedy."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_rl import checkpoint
+from nemo_rl.config import Config
+from nemo_rl.grpo.data import TASKS, Task
+from nemo_rl.grpo.warmup import KINDS, start_model_config
+from nemo_rl.topology import Topology, parallel_sizes, topology_of
+from nemo_rl.trainer import families
+from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
+
+PRECISIONS = ("float32", "bfloat16")
+TRANSPORTS = ("auto", "gloo", "golden")
+START_MODEL = "start_model"
+
+
+def validate(config: Config) -> list[str]:
+    """Every violation. The generator's loader, which takes seconds to ask, is only asked where all else is sound."""
+    topology, ranks = topology_of(config)
+    start_model = list(_start_model(config))
+    problems = [
+        *ranks,
+        *_choices(config),
+        *_numbers(config),
+        *_batches(config, topology),
+        *_lengths(config),
+        *start_model,
+        *_combinations(config),
+    ]
+    if start_model or min(parallel_sizes(config).values()) < 1:
+        return problems  # there is no model to look at, or no layout
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            folder = _model_folder(config, Path(scratch))
+            hf_config = read_config(folder)
+        except ValueError as error:
+            return [*problems, f"policy.model_name={config.policy.model_name}: {error}"]
+        problems += _check_layouts(config, hf_config, None if ranks else topology)
+        problems += _check_files(config, hf_config)
+        return problems or check_loader(config, hf_config, folder)
+
+
+def _model_folder(config: Config, scratch: Path) -> Path:
+    """Where the model's configuration stands; that of a start model is written to `scratch`."""
+    if config.policy.model_name != START_MODEL:
+        return Path(config.policy.model_name)
+    start_model_config(config.start_model, config.policy.max_total_sequence_length).save_pretrained(scratch)
+    return scratch
+
+
+def _check_layouts(config: Config, hf_config: Any, topology: Topology | None) -> list[str]:
+    """Without a topology, as if there were enough ranks."""
+    megatron = config.policy.megatron_cfg
+    sizes = (
+        megatron.tensor_model_parallel_size,
+        megatron.pipeline_model_parallel_size,
+        megatron.expert_model_parallel_size,
+        megatron.expert_tensor_parallel_size,
+    )
+    world = math.prod(sizes) if topology is None else topology.num_trainers
+    parallel = Parallel(world, *sizes, sequence_parallel=megatron.sequence_parallel)
+    return [f"policy.megatron_cfg: {p}" for p in check_parallel(hf_config, parallel)]
+
+
+def _check_files(config: Config, hf_config: Any) -> list[str]:
+    """Whether the checkpoint folder holds tokenizer and weights whole."""
+    if config.policy.model_name == START_MODEL:
+        return []
+    folder, key = Path(config.policy.model_name), f"policy.model_name={config.policy.model_name}"
+    problems = []
+    if not (folder / "tokenizer.json").is_file():
+        problems.append(f"{key}: tokenizer.json is missing; save the fast tokenizer beside the model")
+    try:
+        table = families.table(model_shape(hf_config), torch.float32)
+    except ValueError:  # a model that no family covers, which the layouts' check has told
+        return problems
+    return problems + [f"{key}: {p}" for p in checkpoint.check(folder, table)]
+
+
+def check_loader(config: Config, hf_config: Any, folder: Path) -> list[str]:
+    """Values that the generator's loader needs and the trainers lack."""
+    return []
+
+
+def _choices(config: Config) -> Iterator[str]:
+    generation = config.policy.generation
+    choices = {
+        "policy.precision": (config.policy.precision, PRECISIONS),
+        "policy.generation.vllm_cfg.precision": (generation.vllm_cfg.precision, PRECISIONS),
+        "policy.generation.vllm_cfg.load_format": (generation.vllm_cfg.load_format, ("auto", "dummy")),
+        "policy.generation.backend": (generation.backend, ("vllm",)),
+        "policy.refit.transport": (config.policy.refit.transport, TRANSPORTS),
+        "cluster.device": (config.cluster.device, ("auto", "cpu", "cuda")),
+        "data.task": (config.data.task, TASKS),
+        "start_model.kind": (config.start_model.kind, KINDS),
+        "logger.level": (config.logger.level, ("DEBUG", "INFO", "WARNING", "ERROR")),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            yield f"{key}={value}: unknown; choose {' or '.join(known)}"
+
+
+def _numbers(config: Config) -> Iterator[str]:
+    policy, grpo, loss, cluster = config.policy, config.grpo, config.loss_fn, config.cluster
+    positive: dict[str, float] = {
+        "policy.train_global_batch_size": policy.train_global_batch_size,
+        "policy.train_micro_batch_size": policy.train_micro_batch_size,
+        "policy.logprob_batch_size": policy.logprob_batch_size,
+        "policy.max_total_sequence_length": policy.max_total_sequence_length,
+        "policy.generation.max_new_tokens": policy.generation.max_new_tokens,
+        "policy.generation.temperature": policy.generation.temperature,
+        "policy.generation.vllm_cfg.max_model_len": policy.generation.vllm_cfg.max_model_len,
+        "policy.generation.vllm_cfg.max_num_seqs": policy.generation.vllm_cfg.max_num_seqs,
+        "policy.generation.vllm_cfg.kv_cache_memory_bytes": policy.generation.vllm_cfg.kv_cache_memory_bytes,
+        "policy.generation.vllm_cfg.gpu_memory_utilization": policy.generation.vllm_cfg.gpu_memory_utilization,
+        "policy.megatron_cfg.optimizer.lr": policy.megatron_cfg.optimizer.lr,
+        "policy.refit.num_streams": policy.refit.num_streams,
+        "policy.refit.deadline_s": policy.refit.deadline_s,
+        "grpo.num_prompts_per_step": grpo.num_prompts_per_step,
+        "grpo.max_num_steps": grpo.max_num_steps,
+        "grpo.step_deadline_s": grpo.step_deadline_s,
+        "cluster.start_deadline_s": cluster.start_deadline_s,
+    }
+    at_least: dict[str, tuple[float, float]] = {
+        "policy.refit.bucket_bytes": (policy.refit.bucket_bytes, 1024),
+        "policy.megatron_cfg.optimizer.min_lr": (policy.megatron_cfg.optimizer.min_lr, 0),
+        "grpo.num_generations_per_prompt": (grpo.num_generations_per_prompt, 2),
+        "grpo.refit_every": (grpo.refit_every, 0),
+        "grpo.seed": (grpo.seed, 0),
+        "loss_fn.reference_policy_kl_penalty": (loss.reference_policy_kl_penalty, 0),
+        "loss_fn.ratio_clip_min": (loss.ratio_clip_min, 0),
+        "loss_fn.ratio_clip_max": (loss.ratio_clip_max, 0),
+        "cluster.object_store_bytes": (cluster.object_store_bytes, 80 << 20),
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            yield f"{key}={value}: must be above 0"
+    for key, (value, least) in at_least.items():
+        if value < least:
+            yield f"{key}={value}: must be at least {least}"
+    cap = loss.truncated_importance_sampling_ratio
+    if cap is not None and cap <= 0:
+        yield f"loss_fn.truncated_importance_sampling_ratio={cap}: must be above 0, or null for no cap"
+    if policy.generation.vllm_cfg.gpu_memory_utilization > 1:
+        yield "policy.generation.vllm_cfg.gpu_memory_utilization: is a share of a GPU's memory; give at most 1"
+
+
+def _batches(config: Config, topology: Topology) -> Iterator[str]:
+    policy, grpo, megatron = config.policy, config.grpo, config.policy.megatron_cfg
+    samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
+    whole, micro = policy.train_global_batch_size, policy.train_micro_batch_size
+    data = max(
+        topology.num_trainers // (megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size), 1
+    )
+    if min(samples, whole, micro) < 1:
+        return
+    if samples % whole:
+        yield (
+            f"policy.train_global_batch_size={whole} does not divide the {samples} samples of a step "
+            f"(grpo.num_prompts_per_step={grpo.num_prompts_per_step} x grpo.num_generations_per_prompt="
+            f"{grpo.num_generations_per_prompt}); choose a divisor of {samples}"
+        )
+    if whole % data:
+        yield (
+            f"policy.train_global_batch_size={whole} does not split over {data} data-parallel trainer ranks; choose a "
+            f"multiple of {data}"
+        )
+    elif whole // data % micro:
+        yield (
+            f"policy.train_micro_batch_size={micro} does not divide the {whole // data} samples of a trainer rank "
+            f"(policy.train_global_batch_size={whole} over {data} data-parallel ranks); choose a divisor"
+        )
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    data, policy = config.data, config.policy
+    try:
+        task = Task(data.task, data.min_items, data.max_items, config.grpo.seed)
+    except ValueError as error:
+        if data.task in TASKS:
+            yield str(error)
+        return
+    needed = task.max_prompt_tokens + policy.generation.max_new_tokens
+    limits = {
+        "policy.generation.vllm_cfg.max_model_len": policy.generation.vllm_cfg.max_model_len,
+        "policy.max_total_sequence_length": policy.max_total_sequence_length,
+    }
+    for key, value in limits.items():
+        if value < needed:
+            yield (
+                f"{key}={value}: prompts of up to {task.max_prompt_tokens} tokens and policy.generation.max_new_tokens="
+                f"{policy.generation.max_new_tokens} need {needed}; raise it or shorten the task"
+            )
+    if policy.generation.max_new_tokens < task.max_answer_tokens:
+        yield (
+            f"policy.generation.max_new_tokens={policy.generation.max_new_tokens}: the longest answers have "
+            f"{task.max_answer_tokens} tokens with their end; raise it or lower data.max_items"
+        )
+
+
+def _start_model(config: Config) -> Iterator[str]:
+    if config.policy.model_name != START_MODEL:
+        return
+    model = config.start_model
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes += ("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "warmup_batch_size")
+    values = {name: getattr(model, name) for name in sizes}
+    small = [name for name, value in values.items() if value < 1]
+    yield from (f"start_model.{name}={values[name]}: at least 1 is needed" for name in small)
+    if not small and model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"start_model.num_key_value_heads={model.num_key_value_heads} does not divide "
+            f"start_model.num_attention_heads={model.num_attention_heads}; choose a divisor"
+        )
+    if model.num_experts_per_tok > model.num_experts:
+        yield (
+            f"start_model.num_experts_per_tok={model.num_experts_per_tok} is more than start_model.num_experts="
+            f"{model.num_experts}; lower it"
+        )
+    if not 0 <= model.warmup_reversed <= 1:
+        yield f"start_model.warmup_reversed={model.warmup_reversed}: is a share; give a number from 0 to 1"
+    if model.warmup_steps < 0 or model.warmup_lr <= 0:
+        yield "start_model.warmup_steps must be at least 0 and start_model.warmup_lr above 0"
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    policy, run_name = config.policy, config.logger.run_name
+    if policy.generation.colocated.enabled:
+        yield (
+            "policy.generation.colocated.enabled=true: trainers and generators on the same devices are not supported; "
+            "set it to false and give generators devices of their own"
+        )
+    if policy.generation.vllm_cfg.load_format == "dummy" and not config.grpo.refit_every:
+        yield (
+            "policy.generation.vllm_cfg.load_format=dummy with grpo.refit_every=0: generators would answer from random "
+            "weights for ever; set load_format=auto"
+        )
+    if run_name is not None and (Path(config.logger.log_dir) / run_name).exists():
+        yield f"logger.run_name={run_name}: {Path(config.logger.log_dir) / run_name} exists; choose another name"
