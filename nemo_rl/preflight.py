@@ -158,9 +158,8 @@ def _batches(config: Config, topology: Topology) -> Iterator[str]:
     policy, grpo, megatron = config.policy, config.grpo, config.policy.megatron_cfg
     samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
     whole, micro = policy.train_global_batch_size, policy.train_micro_batch_size
-    data = max(
-        topology.num_trainers // (megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size), 1
-    )
+    stages = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
+    data = max(topology.num_trainers // max(stages, 1), 1)
     if min(samples, whole, micro) < 1:
         return
     if samples % whole:

@@ -22,6 +22,7 @@ ARROWS = {
     "metrics": set(),
     "grpo": {"refit", "config"},
     "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
+    "driver": {"actors", "cluster", "config", "grpo", "metrics", "preflight", "topology"},
     "topology": {"config"},
     "cluster": {"config", "topology"},
     "actors": {"config", "topology", "cluster", "refit", "grpo", "trainer", "generator"},
@@ -33,7 +34,7 @@ ONLY = {
     "ray": {"cluster", "actors", "trainer", "generator"},
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "rich": {"metrics"},
+    "rich": {"metrics", "driver"},
     "matplotlib": {"metrics"},
 }
 REFIT_MAY = {"torch", "numpy", "nemo_rl"}
