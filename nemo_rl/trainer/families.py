@@ -73,6 +73,11 @@ def table(shape: ModelShape, dtype: torch.dtype) -> TensorTable:
     return {fqn: TensorMeta(tensors[fqn], dtype) for fqn in natural_order(tensors)}
 
 
+def droppable(shape: ModelShape) -> frozenset[str]:
+    """Names that a checkpoint of the model may hold beside those of `table`."""
+    return FAMILIES[shape.architecture].droppable(shape)
+
+
 @lru_cache(maxsize=8)
 def _tensors(shape: ModelShape) -> Mapping[str, Shape]:
     return FAMILIES[shape.architecture].tensors(shape)

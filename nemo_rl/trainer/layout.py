@@ -44,7 +44,7 @@ class MegatronSource:
         return list(self._holdings)
 
     def unused(self) -> Mapping[str, str]:
-        """Megatron's entries that are no weights."""
+        """Megatron's entries that hold something but are no weights."""
         return dict(self._unused)
 
 
@@ -54,7 +54,8 @@ def _derive(model: torch.nn.Module, shape: ModelShape, dtype: torch.dtype) -> tu
     problems: list[str] = []
     for key, shard in _shards(model):
         if isinstance(shard, ShardedObject):
-            unused[key] = "Megatron's extra state, which holds no weight"
+            if shard.data is not None:
+                unused[key] = "Megatron's extra state, which is no weight"
             continue
         try:
             for holding in _held(shard, shape, dtype):

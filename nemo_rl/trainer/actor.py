@@ -1,0 +1,98 @@
+"""What a Ray actor around a trainer rank offers; the cluster makes it an actor, with `trainer_env()` as environment."""
+
+from __future__ import annotations
+
+import socket
+
+import ray
+import torch
+
+from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.session import RefitSession
+from nemo_rl.trainer.policy import LossFn, MegatronPolicy, Metrics, TrainerConfig
+
+
+def trainer_env() -> dict[str, str]:
+    """Environment of a trainer's process, to be set before it imports torch."""
+    return {
+        "OMP_NUM_THREADS": "1",
+        # Compiling the few functions that Megatron marks takes longer than small models train on a CPU.
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Sequence parallelism overlaps communication with one queue of kernels.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # NVLink multicast can take a host's GPUs out of service.
+        "NCCL_NVLS_ENABLE": "0",
+    }
+
+
+class TrainerActor:
+    """One trainer rank. The trainer ranks make the same calls in the same order."""
+
+    def __init__(self) -> None:
+        self._policy: MegatronPolicy | None = None
+        self._session: RefitSession | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port of it that is free, where the trainers can meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def setup(self, config: TrainerConfig, rank: int, init_method: str) -> None:
+        """Build the model and read its weights. Raises as `MegatronPolicy` does."""
+        self._policy = MegatronPolicy(config, rank, init_method)
+
+    def logprobs(self, input_ids: torch.Tensor, temperature: float, reference: bool) -> torch.Tensor | None:
+        """As `MegatronPolicy.logprobs` or `reference_logprobs`; rank 0 answers, the others None."""
+        ask = self._ready.reference_logprobs if reference else self._ready.logprobs
+        found = ask(input_ids, temperature=temperature)
+        return found if self._ready.rank == 0 else None
+
+    def train(self, input_ids: torch.Tensor, loss_fn: LossFn, lr: float, temperature: float) -> Metrics:
+        """As `MegatronPolicy.train_step`."""
+        return self._ready.train_step(input_ids, loss_fn, lr=lr, temperature=temperature)
+
+    def refit_connect(self, world: World, store: tuple[str, int], options: RefitOptions) -> None:
+        """Join a refit world as its trainer of this rank; an earlier session is closed."""
+        self.refit_close()
+        rank = world.trainers[self._ready.rank]
+        self._session = RefitSession(rank, world, store, options, source=self._ready.source())
+        self._session.connect()
+
+    def refit_plan(self) -> str:
+        """Declare, plan and agree; the plan, described."""
+        return self._connected.plan().describe()
+
+    def refit(self, version: int) -> RefitReport:
+        """Move the weights as `version`. Raises RefitError."""
+        return self._connected.refit(version)
+
+    def refit_close(self) -> None:
+        """Leave the refit world; idempotent."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def export(self, folder: str) -> None:
+        """As `MegatronPolicy.export`."""
+        self._ready.export(folder)
+
+    def close(self) -> None:
+        """Leave the refit world and the trainers' groups."""
+        self.refit_close()
+        if self._policy is not None:
+            self._policy.close()
+            self._policy = None
+
+    @property
+    def _ready(self) -> MegatronPolicy:
+        if self._policy is None:
+            raise RuntimeError("this trainer has no model; call setup() first")
+        return self._policy
+
+    @property
+    def _connected(self) -> RefitSession:
+        if self._session is None:
+            raise RuntimeError(f"trainer rank {self._ready.rank} has no refit session; call refit_connect() first")
+        return self._session

@@ -1,0 +1,330 @@
+"""One Megatron trainer rank: log-probabilities, optimizer steps, and what it holds. Knows neither Ray nor RL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from nemo_rl import checkpoint
+from nemo_rl.trainer import families, gpt
+from nemo_rl.trainer.cpu import megatron_on_cpu
+from nemo_rl.trainer.layout import MegatronSource
+from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
+from nemo_rl.trainer.step import MicroBatch, micro_batches, padded_rows, token_logprobs
+
+Metrics = dict[str, float]
+
+LossFn = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, Metrics]]
+"""`(logprobs [n, L] of rows start .. stop - 1 of the batch, start, stop) -> (this part's loss, its metrics)`.
+
+Parts add up to the loss and the metrics of the whole batch: a loss function divides by the tokens (or samples) of the
+whole batch, not of its part. Column t of `logprobs` belongs to token t; column 0 is 0.
+"""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerConfig:
+    """What a trainer rank is told; equal on all ranks.
+
+    Attributes:
+        model_path: a Hugging Face checkpoint folder.
+        precision: of the weights, `float32` or `bfloat16` (then with float32 main weights in the optimizer).
+        micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
+        keep_reference: keep a copy of the start weights for `reference_logprobs`.
+        deadline_s: longest that any collective between trainers may take.
+    """
+
+    model_path: str
+    parallel: Parallel
+    precision: str = "float32"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    micro_batch_size: int = 64
+    logprob_batch_size: int = 128
+    seed: int = 42
+    keep_reference: bool = True
+    deadline_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"policy.precision={self.precision}: unknown; choose {' or '.join(PRECISIONS)}")
+
+
+class MegatronPolicy:
+    """A rank of the trainers. All ranks call the same methods, in the same order, with equal arguments.
+
+    Args:
+        config: of all ranks.
+        rank: of this one, in `0 .. config.parallel.world_size - 1`.
+        init_method: where ranks meet, `tcp://host:port`.
+
+    Raises:
+        ValueError: on every rank, before any of them waits for another: the layout cannot train the model, or the
+            checkpoint is not the model's; all violations at once.
+    """
+
+    def __init__(self, config: TrainerConfig, rank: int, init_method: str) -> None:
+        self.config, self.rank = config, rank
+        self._dtype = PRECISIONS[config.precision]
+        hf_config = read_config(config.model_path)
+        problems = check_parallel(hf_config, config.parallel)
+        if not problems:
+            self._shape = model_shape(hf_config)
+            table = families.table(self._shape, self._dtype)
+            problems = checkpoint.check(config.model_path, table, families.droppable(self._shape))
+        if problems:
+            raise ValueError(f"trainers cannot load {config.model_path}:\n" + "\n".join(f"  - {p}" for p in problems))
+        self._device = self._choose_device()
+        timeout = timedelta(seconds=config.deadline_s)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=init_method, rank=rank, world_size=config.parallel.world_size, timeout=timeout
+        )
+        with megatron_on_cpu():
+            gpt.init_parallel(config.parallel, self._shape.is_moe, timeout, config.seed)
+            self._build()
+        self._reference = [p.detach().to("cpu", copy=True) for p in self._weights()] if config.keep_reference else None
+
+    def _choose_device(self) -> torch.device:
+        """The GPU of this rank where there are any; a process that sees several takes them by rank."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        torch.cuda.set_device(self.rank % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def _build(self) -> None:
+        """Model, DDP, optimizer; then the weights, so that neither wrapper holds older ones."""
+        config = gpt.transformer_config(self._shape, self.config.parallel, self._dtype)
+        config.finalize_model_grads_func = _sum_gradients
+        self._sequence_multiple = self.config.parallel.tensor if config.sequence_parallel else 1
+        self._model = gpt.build_model(config, self._shape, self.config.parallel)
+        wrapped = Float16Module(config, self._model) if config.bf16 else self._model
+        self._ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
+        self._optimizer = get_megatron_optimizer(self._optimizer_config(), [self._ddp])
+        config.grad_scale_func = self._optimizer.scale_loss
+        self._source = MegatronSource(self._model, self._shape, self._dtype)
+        checkpoint.read_into(self._source.holdings(), self.config.model_path)
+        self._optimizer.reload_model_params()
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        config = self.config
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=self._dtype == torch.bfloat16,
+            params_dtype=self._dtype,
+        )
+
+    # ---- log-probabilities
+
+    def logprobs(self, input_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probability of every token given those before it, by the current weights.
+
+        Args:
+            input_ids: int64 `[N, L]`, padded to the right; any N and L.
+            temperature: divides the logits.
+
+        Returns:
+            float32 `[N, L]` on the CPU of every rank; column t belongs to token t, column 0 is 0. Columns of padding
+            hold the log-probability of the padding token.
+        """
+        config = self.config
+        batches = self._micro_batches(input_ids.shape[0], config.logprob_batch_size)
+        whole = torch.zeros(input_ids.shape, dtype=torch.float32, device=self._device)
+
+        def keep(rows: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+            if parallel_state.get_tensor_model_parallel_rank() == 0:
+                whole[rows.start : rows.stop] = logprobs[: rows.stop - rows.start]
+            return logprobs.new_zeros(()), {}
+
+        with megatron_on_cpu(), torch.no_grad():
+            self._run(input_ids, batches, keep, temperature, forward_only=True)
+            dist.all_reduce(whole)  # every row was filled by one rank: of its pipeline's last stage
+        return whole.cpu()
+
+    def reference_logprobs(self, input_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
+        """As `logprobs`, by the weights that this policy started with."""
+        with self._reference_weights():
+            return self.logprobs(input_ids, temperature=temperature)
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Swap the start weights in; the current ones come back bit for bit, in the same storage."""
+        if self._reference is None:
+            raise ValueError("reference log-probabilities need keep_reference=True")
+        current = [p.detach().to("cpu", copy=True) for p in self._weights()]
+        try:
+            self._fill(self._reference)
+            yield
+        finally:
+            self._fill(current)
+
+    def _weights(self) -> list[torch.Tensor]:
+        return list(self._model.parameters())
+
+    @torch.no_grad()
+    def _fill(self, values: list[torch.Tensor]) -> None:
+        for weight, value in zip(self._weights(), values, strict=True):
+            weight.copy_(value)
+
+    # ---- optimizer steps
+
+    def train_step(
+        self, input_ids: torch.Tensor, loss_fn: LossFn, *, lr: float | None = None, temperature: float = 1.0
+    ) -> Metrics:
+        """One optimizer step on the whole batch: split over data-parallel ranks, then into micro-batches.
+
+        Args:
+            input_ids: int64 `[N, L]`, padded to the right; any N and L.
+            loss_fn: see `LossFn`; its gradients are summed over all parts.
+            lr: of this step; None for the configured one.
+
+        Returns:
+            On every rank: `loss` and the loss function's metrics, summed over the batch; `grad_norm` before clipping.
+
+        Raises:
+            RuntimeError: on every rank, before any weight changes: a gradient is not finite.
+        """
+        batches = self._micro_batches(input_ids.shape[0], self.config.micro_batch_size)
+        parts: list[Metrics] = []
+
+        def part(rows: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+            if rows.stop == rows.start:
+                return logprobs.sum() * 0.0, {}
+            loss, metrics = loss_fn(logprobs[: rows.stop - rows.start], rows.start, rows.stop)
+            if parallel_state.get_tensor_model_parallel_rank() == 0:
+                parts.append({**metrics, "loss": float(loss.detach())})
+            return loss, {}
+
+        self._set_rates(self.config.lr if lr is None else lr)
+        with megatron_on_cpu():
+            self._ddp.zero_grad_buffer()
+            self._optimizer.zero_grad()
+            self._run(input_ids, batches, part, temperature, forward_only=False)
+            self._check_gradients()
+            updated, grad_norm, _ = self._optimizer.step()
+        if not updated:
+            raise RuntimeError(f"trainer rank {self.rank}: Megatron's optimizer skipped the step (norm {grad_norm})")
+        return {**self._sum_over_ranks(parts), "grad_norm": float(grad_norm or 0.0)}
+
+    def supervised_step(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, *, lr: float | None = None, temperature: float = 1.0
+    ) -> Metrics:
+        """One optimizer step on the mean cross-entropy of the tokens where `mask` `[N, L]` is 1."""
+        count = max(float(mask[:, 1:].sum()), 1.0)
+
+        def loss_fn(logprobs: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, Metrics]:
+            return -(logprobs * mask[start:stop].to(logprobs.device)).sum() / count, {}
+
+        return self.train_step(input_ids, loss_fn, lr=lr, temperature=temperature)
+
+    def _set_rates(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+
+    def _check_gradients(self) -> None:
+        finite = torch.ones((), device=self._device)
+        for buffer in (*self._ddp.buffers, *self._ddp.expert_parallel_buffers):
+            finite *= torch.isfinite(buffer.grad_data).all()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not bool(finite):
+            raise RuntimeError(
+                f"trainer rank {self.rank}: a gradient is not finite, no weight was changed; "
+                f"lower the learning rate or look for log-probabilities that are -inf"
+            )
+
+    def _sum_over_ranks(self, parts: list[Metrics]) -> Metrics:
+        """Sums over micro-batches and ranks, the same on all ranks; only last stages have parts."""
+        everyone: list[list[Metrics]] = [[] for _ in range(self.config.parallel.world_size)]
+        dist.all_gather_object(everyone, parts)
+        total: Metrics = {}
+        for metrics in (m for said in everyone for m in said):
+            for name, value in metrics.items():
+                total[name] = total.get(name, 0.0) + float(value)
+        return total
+
+    # ---- Megatron's schedule
+
+    def _micro_batches(self, num_rows: int, limit: int) -> list[MicroBatch]:
+        return micro_batches(num_rows, self.config.parallel.data, parallel_state.get_data_parallel_rank(), limit)
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        batches: list[MicroBatch],
+        loss: Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Metrics]],
+        temperature: float,
+        *,
+        forward_only: bool,
+    ) -> None:
+        """Run forward (and backward) over micro-batches; `loss` is called on pipelines' last stages."""
+
+        def finish(
+            rows: MicroBatch, ids: torch.Tensor, logits: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+            logprobs = token_logprobs(logits, ids, temperature, self._shape.vocab_size)
+            value, metrics = loss(rows, logprobs[:, : input_ids.shape[1]])
+            return value, torch.zeros((), dtype=torch.int, device=self._device), metrics
+
+        def step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            rows = next(data)
+            ids = padded_rows(input_ids, rows, self._sequence_multiple).to(self._device)
+            positions = torch.arange(ids.shape[1], device=self._device).expand_as(ids).contiguous()
+            return model(ids, positions, None), partial(finish, rows, ids)
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=[self._ddp],
+            num_microbatches=len(batches),
+            seq_length=-(-input_ids.shape[1] // self._sequence_multiple) * self._sequence_multiple,
+            micro_batch_size=batches[0].size,
+            forward_only=forward_only,
+        )
+
+    # ---- what it holds
+
+    def source(self) -> MegatronSource:
+        """This rank's side of a refit."""
+        return self._source
+
+    def export(self, folder: str) -> None:
+        """Write the whole model as a Hugging Face checkpoint, with the configuration and tokenizer it came with.
+
+        Raises:
+            OSError: on every rank, where rank 0 could not write.
+        """
+        checkpoint.write(self._source.holdings(), self._source.table(), folder, beside=self.config.model_path)
+
+    def close(self) -> None:
+        """Leave the process groups; idempotent."""
+        gpt.close_parallel()
+
+
+def _sum_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """Megatron's reduction of gradients, without its division by tokens: loss functions divide already."""
+    finalize_model_grads(model, None, **options)
