@@ -1,16 +1,13 @@
-"""A `VllmEngine` in a Ray actor. Start it with `runtime_env={"env_vars": worker_env(config)}`."""
+"""What a Ray actor around a `VllmEngine` offers; the cluster makes it an actor, with `worker_env(config)` as environment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import ray
-
 from nemo_rl.generator.engine import Generated, GeneratorConfig, Store, VllmEngine
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 
 
-@ray.remote(max_restarts=0)
 class GeneratorActor:
     """Methods are those of `VllmEngine`; the constructor returns when the engine is ready."""
 

@@ -85,6 +85,8 @@ def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") 
         "NCCL_NVLS_ENABLE": "0",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
         "NVSHMEM_DISABLE_NVLS": "1",
+        # The sampler of FlashInfer is compiled on first use; vLLM's own needs no compiler.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     if device == "cpu":
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

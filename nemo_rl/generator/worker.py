@@ -1,0 +1,81 @@
+"""What a refit calls inside every vLLM worker: vLLM mixes this class into its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from nemo_rl.generator.landing import VllmLanding
+from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.errors import PoisonedError, RefitError
+from nemo_rl.refit.session import RefitSession
+
+T = TypeVar("T")
+
+
+class RefitWorker:
+    """Methods for `collective_rpc`. They return a RefitError instead of raising it, so that the caller gets every worker's."""
+
+    model_runner: Any
+    vllm_config: Any
+    model_config: Any
+    rank: int
+    _refit_session: RefitSession | None = None
+    _refit_landing: VllmLanding | None = None
+
+    def refit_landing(self) -> VllmLanding:
+        """This worker's landing, made on first use."""
+        if self._refit_landing is None:
+            self._refit_landing = VllmLanding(self.model_runner.get_model(), self.vllm_config, self.model_config)
+        return self._refit_landing
+
+    def refit_connect(
+        self, rank_offset: int, world: World, store: tuple[str, int], options: RefitOptions
+    ) -> RefitError | None:
+        """Join as rank `rank_offset` + this worker's rank in its engine."""
+
+        def connect() -> None:
+            rank = rank_offset + self.rank
+            self._refit_session = RefitSession(rank, world, store, options, landing=self.refit_landing())
+            self._refit_session.connect()
+
+        return self._said(connect, "connect")
+
+    def refit_plan(self) -> str | RefitError:
+        """Digest of the agreed plan."""
+        return self._said(lambda: self._session().plan().digest, "plan")
+
+    def refit(self, version: int) -> RefitReport | RefitError:
+        return self._said(lambda: self._session().refit(version), "refit")
+
+    def refit_close(self) -> RefitError | None:
+        """Idempotent."""
+
+        def close() -> None:
+            if self._refit_session is not None:
+                self._refit_session.close()
+                self._refit_session = None
+
+        return self._said(close, "close")
+
+    def read_parameters(self) -> dict[str, torch.Tensor]:
+        """Copies of the live parameters, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.model_runner.get_model().named_parameters()}
+
+    def _session(self) -> RefitSession:
+        if self._refit_session is None:
+            raise PoisonedError(
+                "no session is connected", rank=self.rank, phase="connect", remedy="call refit_connect first"
+            )
+        return self._refit_session
+
+    def _said(self, call: Callable[[], T], phase: str) -> T | RefitError:
+        try:
+            return call()
+        except RefitError as error:
+            return error
+        except Exception as error:  # a value that the caller's process can unpickle, whatever was raised
+            text = f"{type(error).__name__}: {error}"
+            return RefitError(text, rank=self.rank, phase=phase, remedy="see the worker's log; remake the session")
