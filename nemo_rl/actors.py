@@ -24,7 +24,7 @@ from nemo_rl.grpo.types import Completion, RolloutBatch
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.topology import Topology
 from nemo_rl.trainer.actor import TrainerActor, trainer_env
-from nemo_rl.trainer.parallel import Parallel
+from nemo_rl.trainer.model import Parallel
 from nemo_rl.trainer.policy import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,12 @@ def trainer_config(config: Config, model_path: Path, topology: Topology) -> Trai
     return TrainerConfig(
         model_path=str(model_path),
         parallel=Parallel(
+            world_size=topology.num_trainers,
             tensor=megatron.tensor_model_parallel_size,
             pipeline=megatron.pipeline_model_parallel_size,
             expert=megatron.expert_model_parallel_size,
             expert_tensor=megatron.expert_tensor_parallel_size,
-            world=topology.num_trainers,
+            sequence_parallel=megatron.sequence_parallel,
         ),
         precision=policy.precision,
         lr=optimizer.lr,

@@ -96,11 +96,11 @@ class Cluster:
             )
 
     def place(
-        self, name: str, bundle: int, actor_class: Any, env: Mapping[str, str], *args: Any, **kwargs: Any
+        self, name: str, bundle: int, actor_class: type, env: Mapping[str, str], *args: Any, **kwargs: Any
     ) -> Actor:
-        """Start the Ray actor class on the devices of `bundle`: a trainer's rank, or number of trainers + replica."""
+        """Make an actor of a plain class on devices `bundle`: a trainer's rank, or number of trainers + replica."""
         size = 1 if bundle < self._topology.num_trainers else self._topology.generator_size
-        remote = actor_class.options(
+        remote = ray.remote(actor_class).options(
             num_cpus=size,
             num_gpus=size if self._resource == "GPU" else 0,
             runtime_env={"env_vars": dict(env)},

@@ -264,6 +264,11 @@ def environment_overrides(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def inherited_environment() -> dict[str, str]:
+    """A copy of this process's environment, for processes that it starts."""
+    return dict(os.environ)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration; `load_config` reads it back to an equal value."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

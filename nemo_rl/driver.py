@@ -49,7 +49,7 @@ def run(config: Config, title: str, console: Console) -> Path:
         ):
             _train(config, title, folder, model_path, actors, console)
     except ClusterError:
-        log.exception("the run ended early")
+        log.info("the run ended early", exc_info=True)
         raise
     return folder
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from nemo_rl import checkpoint
-from nemo_rl.config import Config
+from nemo_rl.config import Config, inherited_environment
+from nemo_rl.generator.preflight import check_loader_apart
 from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.topology import Topology, parallel_sizes, topology_of
@@ -80,15 +81,20 @@ def _check_files(config: Config, hf_config: Any) -> list[str]:
     if not (folder / "tokenizer.json").is_file():
         problems.append(f"{key}: tokenizer.json is missing; save the fast tokenizer beside the model")
     try:
-        table = families.table(model_shape(hf_config), torch.float32)
+        shape = model_shape(hf_config)
     except ValueError:  # a model that no family covers, which the layouts' check has told
         return problems
-    return problems + [f"{key}: {p}" for p in checkpoint.check(folder, table)]
+    found = checkpoint.check(folder, families.table(shape, torch.float32), families.droppable(shape))
+    return problems + [f"{key}: {p}" for p in found]
 
 
 def check_loader(config: Config, hf_config: Any, folder: Path) -> list[str]:
-    """Values that the generator's loader needs and the trainers lack."""
-    return []
+    """Values that the generator's loader needs and the trainers lack; asked in a process of its own."""
+    table = families.table(model_shape(hf_config), getattr(torch, config.policy.precision))
+    vllm = config.policy.generation.vllm_cfg
+    size, environ = vllm.tensor_parallel_size, inherited_environment()
+    problems = check_loader_apart(str(folder), size, vllm.precision, table, environ, config.cluster.start_deadline_s)
+    return [f"policy.model_name={config.policy.model_name}: {p}" for p in problems]
 
 
 def _choices(config: Config) -> Iterator[str]:

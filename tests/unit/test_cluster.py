@@ -8,14 +8,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import ray
 
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
 from nemo_rl.config import ClusterConfig
 from nemo_rl.topology import Topology
 
 
-@ray.remote
 class Worker:
     """Answers, waits, raises or dies on demand."""
 
