@@ -136,7 +136,7 @@ class RefitGroup:
     ) -> None:
         self._trainers, self._generators, self._topology = trainers, generators, topology
         self._options = options
-        self._world = World(topology.num_trainers, topology.num_generators)
+        self._world = World.of(topology.num_trainers, topology.num_generators)
         host = ray.util.get_node_ip_address()
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._address = (host, self._store.port)
@@ -159,10 +159,14 @@ class RefitGroup:
     def refit(self, version: int) -> RefitSummary:
         """Raises ClusterError naming ranks and phase; the sessions' RefitError is its cause."""
         started = time.monotonic()
+        reports = self.reports(version)
+        return summarize_reports(reports, self._topology.num_trainers, time.monotonic() - started)
+
+    def reports(self, version: int) -> list[RefitReport]:
+        """Refit, and every rank's report in rank order. Raises as `refit`."""
         calls = [(a, a.handle.refit.remote(version)) for a in (*self._trainers, *self._generators)]
         answers = wait_all(calls, f"refit of version {version}", self._limit_s)
-        reports = [r for answer in answers for r in (answer if isinstance(answer, list) else [answer])]
-        return summarize_reports(reports, self._topology.num_trainers, time.monotonic() - started)
+        return [r for answer in answers for r in (answer if isinstance(answer, list) else [answer])]
 
 
 def summarize_reports(reports: Sequence[RefitReport], num_trainers: int, seconds: float) -> RefitSummary:

@@ -148,6 +148,7 @@ class RefitReport:
     misc_bytes: int
     staging_bytes: int
     extra_rss_bytes: int | None = None
+    required_bytes: int = 0
 
     @property
     def gb_per_s(self) -> float:

@@ -239,6 +239,7 @@ class RefitSession:
             misc_bytes=packed.sent_bytes + packed.received_bytes,
             staging_bytes=bulk.staging_bytes + packed.staging_bytes,
             extra_rss_bytes=memory.extra_bytes,
+            required_bytes=self._plan.required_bytes,
         )
 
     def close(self) -> None:
