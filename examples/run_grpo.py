@@ -6,9 +6,12 @@ The keys are those of `nemo_rl/config.py`. Exits with 2 where the configuration 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+import warnings
 from pathlib import Path
+
+# Megatron says at every import what it does without Transformer Engine and Apex.
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 
 from rich.console import Console
 
@@ -24,7 +27,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING)
     try:
         run(load_config(options.config, options.overrides), options.config.stem, Console())
     except ConfigError as error:
