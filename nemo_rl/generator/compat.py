@@ -91,6 +91,14 @@ def stage(layer: nn.Module) -> dict[str, torch.Tensor]:
     return own_tensors(layer)
 
 
+def restore(layer: nn.Module) -> None:
+    """Undo `unprocess` or `stage`: kernel tensors come back with the bytes that they had."""
+    info = layerwise.get_layerwise_info(layer)
+    if info.can_load() and info.kernel_tensors is not None:
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+
+
 def process_staged(layer: nn.Module, ran: Ran) -> None:
     """Process a staged module into its kernel tensors, whose storage stays the same, and free the staging."""
     with hooked([layer], ran):

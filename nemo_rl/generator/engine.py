@@ -98,8 +98,8 @@ def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") 
 class VllmEngine:
     """A vLLM engine and its workers. The process needs `worker_env(config)` as environment.
 
-    It serves version 0, the weights it loaded, until a refit commits another. While a refit is open, and for good after
-    one failed, `generate` refuses with the reason.
+    It serves version 0, the weights it loaded, until a refit commits another. While a refit is open, and after one failed
+    until another succeeds over a new session, `generate` refuses with the reason.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:

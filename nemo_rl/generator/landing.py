@@ -35,7 +35,7 @@ class Layouts:
         staged: unit -> module name.
         in_place: modules that must be processed again although their bytes land in live storage.
         misc: tensors that the engine's own loader takes.
-        needs: module -> tensors that it is made of, as far as rows tell.
+        needs: module -> tensors that it is made of, as far as rows tell; every module that the loader fills is a key.
         padding: live parameter -> byte ranges that no tensor fills and that dummy weights left random.
     """
 
@@ -75,6 +75,7 @@ class VllmLanding:
         self._update: Update | None = None
         self._rejected: str | None = None
         self.version: int | None = None
+        self._restore()
 
     # ---- declare
 
@@ -84,9 +85,10 @@ class VllmLanding:
         trace = trace_twin(twin, self._config, table)
         found = formats.classify(self._model, twin, self._config)
         problems = [*trace.problems, *found.problems]
-        misc = _close_over_modules(trace, twin, found.must_be_misc)
+        short = {_module_of(p) for p in _short_parameters(trace, twin)} if trace.misc else set()
+        misc = _close_over_modules(trace, short, found.must_be_misc)
         rows = tuple(row for row in trace.rows if row.fqn not in misc)
-        self._layouts = self._lay_out(trace, rows, misc, found)
+        self._layouts = self._lay_out(trace, rows, misc, found, short)
         regions = [(row.fqn, row.region) for row in rows]
         layout = Layout.from_regions(regions, table, self._layouts.units)
         log.info(
@@ -99,10 +101,15 @@ class VllmLanding:
         return Declaration(layout, misc, tuple(problems))
 
     def _lay_out(
-        self, trace: Trace, rows: tuple[TracedRow, ...], misc: Mapping[str, str], found: formats.Formats
+        self,
+        trace: Trace,
+        rows: tuple[TracedRow, ...],
+        misc: Mapping[str, str],
+        found: formats.Formats,
+        short: Iterable[str],
     ) -> Layouts:
         number = {name: i for i, name in enumerate(found.staged)}
-        needs: defaultdict[str, set[str]] = defaultdict(set)
+        needs: defaultdict[str, set[str]] = defaultdict(set, {name: set() for name in short})
         for row in trace.rows:
             needs[_module_of(row.param)].add(row.fqn)
         dummy = self._config.load_config.load_format == "dummy"  # any other load ran the loader, which fills padding
@@ -121,7 +128,7 @@ class VllmLanding:
     def begin(self, version: int) -> None:
         """Raises RuntimeError where an update is open, one was rejected, or nothing was declared."""
         if self._rejected is not None or self._update is not None:
-            state = f"was rejected: {self._rejected}" if self._rejected else f"{self._update} is open"
+            state = f"was rejected: {self._rejected}" if self._update is None else f"to {self._update.version} is open"
             raise RuntimeError(f"version {version} cannot begin; an earlier update {state}")
         if self._layouts is None:
             raise RuntimeError("declare() must come before begin()")
@@ -161,8 +168,8 @@ class VllmLanding:
         layouts, update = self._in_update()
         if update.open:
             raise RuntimeError(f"units {sorted(update.open)} are open while whole tensors arrive")
-        rest = [name for name in self._modules if name not in update.landed]
-        expected = set(layouts.misc).union(*(layouts.needs.get(name, frozenset()) for name in rest))
+        rest = [name for name in self._modules if name in layouts.needs and name not in update.landed]
+        expected = set(layouts.misc).union(*(layouts.needs[name] for name in rest))
         seen: set[str] = set()
 
         def noted() -> Iterable[tuple[str, torch.Tensor]]:
@@ -209,10 +216,16 @@ class VllmLanding:
         self._update, self.version = None, version
 
     def reject(self, reason: str) -> None:
-        """No further update begins; the engine refuses to generate with the error that the session raises."""
-        self._rejected = self._rejected or reason
+        """No further update begins here, and staging is freed. A new landing of the model can begin a whole update."""
+        self._rejected, self._update = self._rejected or reason, None
+        self._restore()
 
     # ---- helpers
+
+    def _restore(self) -> None:
+        """Put kernel tensors back into modules that an update left half loaded."""
+        for layer in self._modules.values():
+            compat.restore(layer)
 
     def _in_update(self) -> tuple[Layouts, Update]:
         if self._layouts is None or self._update is None:
@@ -245,16 +258,12 @@ def _zero(tensor: torch.Tensor, ranges: Iterable[tuple[int, int]]) -> None:
             tensor.detach().as_strided((size,), (1,), tensor.storage_offset() + start // item).zero_()
 
 
-def _close_over_modules(trace: Trace, twin: nn.Module, must: Mapping[str, str]) -> dict[str, str]:
+def _close_over_modules(trace: Trace, short: Iterable[str], must: Mapping[str, str]) -> dict[str, str]:
     """Misc tensors: the trace's, and all others of every module that one of them or a reason of `must` touches.
 
-    A module goes through the engine's loader whole or not at all. Which modules a misc tensor touches is read from
-    parameters that rows and padding leave short.
+    A module goes through the engine's loader whole or not at all.
     """
-    reasons = dict(must)
-    if trace.misc:
-        short = _short_parameters(trace, twin)
-        reasons |= {_module_of(p): f"its module {_module_of(p)} has tensors that are not plain copies" for p in short}
+    reasons = {m: f"its module {m} has tensors that are not plain copies" for m in short} | dict(must)
     modules: defaultdict[str, set[str]] = defaultdict(set)
     for row in trace.rows:
         modules[row.fqn].add(_module_of(row.param))
@@ -271,6 +280,7 @@ def _close_over_modules(trace: Trace, twin: nn.Module, must: Mapping[str, str]) 
 
 
 def _short_parameters(trace: Trace, twin: nn.Module) -> list[str]:
+    """Parameters that rows and padding leave short: the rest of their bytes comes from misc tensors."""
     got: defaultdict[str, int] = defaultdict(int)
     params = dict(twin.named_parameters())
     for row in trace.rows:

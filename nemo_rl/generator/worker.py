@@ -26,7 +26,7 @@ class RefitWorker:
     _refit_landing: VllmLanding | None = None
 
     def refit_landing(self) -> VllmLanding:
-        """This worker's landing, made on first use."""
+        """This worker's landing, made on first use; `refit_connect` makes a new one."""
         if self._refit_landing is None:
             self._refit_landing = VllmLanding(self.model_runner.get_model(), self.vllm_config, self.model_config)
         return self._refit_landing
@@ -37,7 +37,7 @@ class RefitWorker:
         """Join as rank `rank_offset` + this worker's rank in its engine."""
 
         def connect() -> None:
-            rank = rank_offset + self.rank
+            rank, self._refit_landing = rank_offset + self.rank, None
             self._refit_session = RefitSession(rank, world, store, options, landing=self.refit_landing())
             self._refit_session.connect()
 
