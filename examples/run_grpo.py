@@ -10,14 +10,9 @@ import sys
 import warnings
 from pathlib import Path
 
-# Megatron says at every import what it does without Transformer Engine and Apex.
-warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-
 from rich.console import Console
 
-from nemo_rl.cluster import ClusterError
-from nemo_rl.config import ConfigError, load_config
-from nemo_rl.driver import run
+from nemo_rl.config import Config, ConfigError, load_config
 
 DEFAULT = Path(__file__).parent / "configs" / "grpo_qwen3_tiny_cpu.yaml"
 
@@ -26,12 +21,24 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Train a model with GRPO.")
     parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        run(load_config(options.config, options.overrides), options.config.stem, Console())
+        config = load_config(options.config, options.overrides)
+        return train(config, options.config.stem)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+
+
+def train(config: Config, title: str) -> int:
+    """Run, and say in one message why a run ended early."""
+    # Megatron says at every import what it does without Transformer Engine and Apex.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    from nemo_rl.cluster import ClusterError
+    from nemo_rl.driver import run
+
+    try:
+        run(config, title, Console())
     except ClusterError as error:
         sys.stderr.write(f"the run failed: {error}\n")
         return 1
