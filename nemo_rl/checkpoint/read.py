@@ -70,7 +70,7 @@ def _mismatches(
     bad = []
     missing = [fqn for fqn in shapes if fqn not in entries]
     if missing and complete:
-        bad.append(f"{len(missing)} tensors are missing: {_some(missing)}; fetch the checkpoint again or fix config.json")
+        bad.append(f"{len(missing)} tensors are missing: {_some(missing)}; fetch the files again or fix config.json")
     for fqn, shape in shapes.items():
         entry = entries.get(fqn)
         if entry is None:

@@ -45,7 +45,7 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
             return args[0]
         # Gradient clipping and the mixed-precision optimizer take only tensors that call themselves torch.cuda.*.
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{func(*args).rsplit('.', 1)[1]}"
         return func(*args, **kwargs)
 
 

@@ -97,16 +97,14 @@ def boxes(shape: ModelShape, key: str, size: Shape) -> list[Box]:
             f"Megatron tensor {key} {size} is unknown to the rule of {shape.architecture}; extend the rule"
         )
     tensors = _tensors(shape)
-    covered = sum(b.source.volume for b in found)
-    wrong = [b for b in found if b.fqn not in tensors or not b.region.fits(tensors[b.fqn]) or not b.source.fits(size)]
-    if wrong or (covered != Region.whole(size).volume and key not in _VOCABULARY):
-        at = (
-            f" (HF tensor {wrong[0].fqn} {tensors.get(wrong[0].fqn)})"
-            if wrong
-            else f" ({covered} elements are covered)"
-        )
+    whole = {fqn: sum(b.region.volume for b in found if b.fqn == fqn) for fqn in {b.fqn for b in found}}
+    wrong = [f for f, n in whole.items() if f not in tensors or n != Region.whole(tensors[f]).volume]
+    wrong += [b.fqn for b in found if b.fqn in tensors and not b.region.fits(tensors[b.fqn])]
+    covered = sum(whole.values()) == Region.whole(size).volume or key in _VOCABULARY
+    if wrong or not covered or not all(b.source.fits(size) for b in found):
+        expected = {fqn: tensors.get(fqn) for fqn in whole}
         raise ValueError(
-            f"Megatron tensor {key} of shape {size} does not fit {shape.architecture}{at}; check the config"
+            f"Megatron tensor {key} of shape {size} does not hold {expected} of {shape.architecture}; check the config"
         )
     return found
 
@@ -209,7 +207,7 @@ def _qwen_tensors(shape: ModelShape) -> dict[str, Shape]:
 
 
 def _mlp(prefix: str, hidden: int, width: int) -> dict[str, Shape]:
-    out = {f"{prefix}{n}_proj.weight": (width, hidden) for n in ("gate", "up")}
+    out: dict[str, Shape] = {f"{prefix}{n}_proj.weight": (width, hidden) for n in ("gate", "up")}
     return out | {f"{prefix}down_proj.weight": (hidden, width)}
 
 

@@ -118,7 +118,7 @@ class MegatronPolicy:
         self._model = gpt.build_model(config, self._shape, self.config.parallel)
         wrapped = Float16Module(config, self._model) if config.bf16 else self._model
         self._ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
-        self._optimizer = get_megatron_optimizer(self._optimizer_config(), [self._ddp])
+        self._optimizer = get_megatron_optimizer(self._optimizer_config(), [self._ddp], use_gloo_process_groups=False)
         config.grad_scale_func = self._optimizer.scale_loss
         self._source = MegatronSource(self._model, self._shape, self._dtype)
         checkpoint.read_into(self._source.holdings(), self.config.model_path)

@@ -1,0 +1,156 @@
+"""What one trainer rank measures of itself against what transformers computed; runs in a child process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from safetensors.torch import load_file
+
+from nemo_rl.refit.layout import Holding
+from nemo_rl.trainer.cpu import megatron_on_cpu
+from nemo_rl.trainer.model import Parallel
+from nemo_rl.trainer.policy import MegatronPolicy, TrainerConfig
+
+
+def probe(rank: int, meet: str, folder: str, parallel: Parallel, out: str, **changes: Any) -> dict[str, Any]:
+    """Largest differences to the reference, on every rank the same where they are about the whole model."""
+    reference = torch.load(Path(folder) / "reference.pt")
+    options = {"micro_batch_size": 2, "logprob_batch_size": 3, "clip_grad": 1e9, "lr": 1e-2, **changes}
+    policy = MegatronPolicy(TrainerConfig(folder, parallel, **options), rank, meet)
+    ids, mask = reference["ids"], reference["mask"]
+    said: dict[str, Any] = {"rows": [(h.fqn, h.region) for h in policy.source().holdings()]}
+    said["logits"] = _worst(_logits(policy, ids), reference["logits"])
+    policy.export(f"{out}/loaded")
+    said["logprobs"] = _worst(policy.logprobs(ids), reference["logprobs"])
+    pointers = [h.view.data_ptr() for h in policy.source().holdings()]
+    metrics = policy.supervised_step(ids, mask)
+    said["loss"] = abs(metrics["loss"] - reference["loss"])
+    norm = float(sum(g.double().pow(2).sum() for g in reference["grads"].values()) ** 0.5)
+    said["grad_norm"] = abs(metrics["grad_norm"] / norm - 1)
+    said["grads"] = max(_worst_relative(g, reference["grads"]) for g in gradients(policy))
+    said["stable"] = pointers == [h.view.data_ptr() for h in policy.source().holdings()]
+    policy.export(f"{out}/stepped")
+    after = policy.logprobs(ids)
+    said["moved"] = _worst(after, reference["logprobs"])
+    said["reference"] = _worst(policy.reference_logprobs(ids), reference["logprobs"])
+    said["restored"] = torch.equal(policy.logprobs(ids), after)
+    said["after"] = after
+    said["metrics"] = metrics
+    policy.close()
+    return said
+
+
+def resume(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -> tuple[list[float], float]:
+    """Losses of a short run, and the loss of a policy that loads its export: the last one's weights, again."""
+    config = TrainerConfig(folder, parallel, lr=3e-3, micro_batch_size=2, weight_decay=0.01, keep_reference=False)
+    policy = MegatronPolicy(config, rank, meet)
+    reference = torch.load(Path(folder) / "reference.pt")
+    ids, mask = reference["ids"], reference["mask"]
+    losses = [policy.supervised_step(ids, mask)["loss"] for _ in range(12)]
+    policy.export(out)
+    losses.append(_mean_loss(policy.logprobs(ids), mask))
+    policy.close()
+    again = MegatronPolicy(TrainerConfig(out, parallel), rank, _next_address(meet))
+    resumed = _mean_loss(again.logprobs(ids), mask)
+    again.close()
+    return losses, resumed
+
+
+def _mean_loss(logprobs: torch.Tensor, mask: torch.Tensor) -> float:
+    return float(-(logprobs * mask).sum() / mask.sum())
+
+
+def _next_address(meet: str) -> str:
+    host, port = meet.rsplit(":", 1)
+    return f"{host}:{int(port) + 1}"
+
+
+def step_fails(rank: int, meet: str, folder: str, parallel: Parallel) -> tuple[str, bool]:
+    """The error of a step whose loss is infinite on part of the batch, and whether all weights stayed."""
+    policy = MegatronPolicy(TrainerConfig(folder, parallel, micro_batch_size=2), rank, meet)
+    before = [h.view.clone() for h in policy.source().holdings()]
+
+    def loss_fn(logprobs: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return logprobs.sum() * (float("inf") if start else 1.0), {}
+
+    try:
+        policy.train_step(torch.load(Path(folder) / "reference.pt")["ids"], loss_fn)
+    except RuntimeError as error:
+        same = [torch.equal(h.view, b) for h, b in zip(policy.source().holdings(), before, strict=True)]
+        policy.close()
+        return str(error), all(same)
+    return "no error", False
+
+
+def refuse(rank: int, meet: str, folder: str, parallel: Parallel) -> str:
+    """The refusal of a rank whose peers never start."""
+    try:
+        MegatronPolicy(TrainerConfig(folder, parallel, deadline_s=5), rank, meet)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def _logits(policy: MegatronPolicy, ids: torch.Tensor) -> torch.Tensor | None:
+    """Whole logits on the last pipeline stage, cut to the vocabulary; None on other stages or other rows."""
+    found = []
+
+    def finish(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        found.append(gather_from_tensor_model_parallel_region(logits))
+        return logits
+
+    multiple = policy._sequence_multiple
+    padded = torch.nn.functional.pad(ids, (0, -ids.shape[1] % multiple))
+
+    def step(data: Any, model: torch.nn.Module) -> Any:
+        positions = torch.arange(padded.shape[1]).expand_as(padded).contiguous()
+        return model(padded, positions, None), finish
+
+    with megatron_on_cpu(), torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([0]),
+            model=[policy._ddp],
+            num_microbatches=1,
+            seq_length=padded.shape[1],
+            micro_batch_size=padded.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return found[0][:, : ids.shape[1], : policy._shape.vocab_size] if found else None
+
+
+def gradients(policy: MegatronPolicy) -> list[Holding]:
+    """This rank's reduced gradients, as boxes: the holdings' views moved from parameters to their gradients."""
+    owners = {p.untyped_storage().data_ptr(): p for p in policy._model.parameters()}
+    out = []
+    for h in policy.source().holdings():
+        parameter = owners[h.view.untyped_storage().data_ptr()]
+        grad = parameter.main_grad
+        offset = grad.storage_offset() + h.view.storage_offset() - parameter.storage_offset()
+        out.append(Holding(h.fqn, h.region, grad.as_strided(h.view.shape, h.view.stride(), offset)))
+    return out
+
+
+def same_checkpoint(one: str, other: str) -> bool:
+    """Whether two folders hold the same tensors, bit for bit."""
+    a, b = ({k: v for f in Path(d).glob("*.safetensors") for k, v in load_file(f).items()} for d in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _worst(found: torch.Tensor | None, wanted: torch.Tensor) -> float:
+    """Largest difference on any rank."""
+    worst = torch.zeros(()) if found is None else (found - wanted).abs().max().float().cpu()
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
+
+
+def _worst_relative(held: Holding, wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
+    whole = wanted[held.fqn]
+    part = whole[held.region.slices_in(type(held.region).whole(tuple(whole.shape)))]
+    return float((held.view - part).abs().max() / whole.abs().max()), held.fqn
