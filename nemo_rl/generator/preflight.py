@@ -57,12 +57,7 @@ def check_loader_apart(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "request.json"
         path.write_text(request_text(model_path, tp, precision, table))
-        command = [
-            sys.executable,
-            "-m",
-            __name__ if __name__ != "__main__" else "nemo_rl.generator.preflight",
-            str(path),
-        ]
+        command = [sys.executable, "-m", "nemo_rl.generator.preflight", str(path)]
         try:
             done = subprocess.run(
                 command, env={**environ, **PREFLIGHT_ENV}, capture_output=True, text=True, timeout=timeout_s

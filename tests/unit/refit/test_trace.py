@@ -194,6 +194,7 @@ def test_an_unused_tensor_is_no_problem() -> None:
         (lambda w: w.double(), "_to_copy"),
         (lambda w: w.view(torch.int32), "viewed as torch.int32"),
         (lambda w: torch.as_strided(w, (6, 4), (3, 1)), "no box"),
+        (lambda w: torch.as_strided(w, (6, 4), (1, 1)), "no box"),
     ],
 )
 def test_computed_values_are_misc(transform: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
@@ -218,6 +219,24 @@ def test_a_step_and_a_cast_into_the_parameter_are_misc() -> None:
     assert "no box" in trace.misc["a"] and "cast" in trace.misc["b"] and trace.problems == ()
 
 
+def test_a_view_that_crosses_rows_is_misc() -> None:
+    trace = traced(
+        lambda params, weights: [params["a"].copy_(w.flatten()[: params["a"].numel()]) for _, w in weights],
+        table_of(a=(3, 4)),
+        {"a": torch.empty(6)},
+    )
+    assert "crosses from one row into the next" in trace.misc["a"] and trace.rows == ()
+
+
+def test_windows_that_overlap_are_misc() -> None:
+    trace = traced(
+        lambda params, weights: [params["a"].copy_(w.unfold(0, 2, 1)) for _, w in weights],
+        table_of(a=(4,)),
+        {"a": torch.empty(3, 2)},
+    )
+    assert "no box" in trace.misc["a"] and trace.rows == ()
+
+
 def test_a_value_of_two_tensors_takes_all_their_rows_along() -> None:
     def load(params: Params, weights: Weights) -> None:
         got = dict(weights)
@@ -240,9 +259,15 @@ def test_a_parameter_changed_in_place_or_copied_on_is_misc() -> None:
             params["a"].copy_(w)
         params["b"].copy_(params["a"])
 
+    def in_two_steps(params: Params, weights: Weights) -> None:
+        for _, w in weights:
+            params["a"].copy_(w.exp())
+        params["b"].copy_(params["a"])
+
+    two_steps = traced(in_two_steps, table_of(a=(2,)), {"a": torch.empty(2), "b": torch.empty(2)})
     changed = traced(load, table_of(a=(2,)), {"a": torch.empty(2)})
     copied = traced(twice, table_of(a=(2,)), {"a": torch.empty(2), "b": torch.empty(2)})
-    for trace in (changed, copied):
+    for trace in (changed, copied, two_steps):
         assert list(trace.misc) == ["a"] and trace.rows == () and trace.problems == ()
 
 
@@ -256,6 +281,15 @@ def test_a_value_kept_outside_the_parameters_is_misc() -> None:
 
     trace = traced(load, table_of(a=(2,)), {"a": torch.empty(2)})
     assert "no parameter" in trace.misc["a"] and trace.rows == ()
+
+
+def test_a_parameter_written_as_another_dtype_is_misc() -> None:
+    trace = traced(
+        lambda params, weights: [params["a"].view(torch.int32).copy_(w) for _, w in weights],
+        {"a": TensorMeta((2,), torch.int32)},
+        {"a": torch.empty(2)},
+    )
+    assert "a of torch.float32 is written as torch.int32" in trace.misc["a"] and trace.problems == ()
 
 
 # ---- problems
@@ -352,19 +386,15 @@ def test_boxes_of_random_views_against_enumeration() -> None:
             src = random_view(src, rng)
         if not src.numel():
             continue
-        dst = torch.full((src.numel() * 2 + 3,), -1.0)[3:][: src.numel() * 2 : rng.integers(1, 3)][: src.numel()]
-        dst = dst.as_strided(
-            src.shape,
-            dst[: src.numel()].view(src.shape).stride()
-            if dst.is_contiguous()
-            else tuple(2 * s for s in torch.empty(src.shape).stride()),
-            dst.storage_offset(),
-        )
+        step = int(rng.integers(1, 3))
+        strides = tuple(step * n for n in torch.empty(src.shape).stride())
+        dst = torch.full((2 * src.numel() + 3,), -1.0).as_strided(src.shape, strides, 3)
         found = box_of_copy(TensorMeta(shape, torch.float32), src, dst)
         if isinstance(found, str):
             continue
         boxes += 1
         region, stride = found
+        assert region.volume == src.numel()
         dst.copy_(src)
         there = dst.as_strided(region.sizes, stride, dst.storage_offset())
         assert torch.equal(there, whole[region.slices_in(Region.whole(shape))])
