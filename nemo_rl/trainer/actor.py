@@ -19,6 +19,8 @@ def trainer_env() -> dict[str, str]:
         # Compiling the few functions that Megatron marks takes longer than small models train on a CPU.
         "TORCHDYNAMO_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
+        # Megatron warns of every optional kernel that it does not find.
+        "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning",
         # Sequence parallelism overlaps communication with one queue of kernels.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # NVLink multicast can take a host's GPUs out of service.

@@ -14,7 +14,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 from tests.unit.trainer.models import logits_of, save_reference
-from tests.unit.trainer.probe import probe, refuse, resume, same_checkpoint, step_fails
+from tests.unit.trainer.probe import probe, refuse, resume, same_checkpoint, step_fails, unchecked
 from tests.unit.trainer.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(240)
@@ -119,6 +119,11 @@ def test_bfloat16_stays_near(model: Model, out: Path, name: str) -> None:
     assert said["loss"] < 0.02
     assert said["stable"] and said["restored"]
     assert said["moved"] > 1e-2
+
+
+def test_the_refused_expert_layout_would_train_wrongly(model: Model, out: Path) -> None:
+    errors = run_ranks(unchecked, 2, str(model("moe")), Parallel(2, tensor=2, expert=1, expert_tensor=1), str(out))
+    assert max(errors) > 0.1
 
 
 def test_a_longer_run_learns_and_its_export_trains_on(model: Model, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file
 
+import nemo_rl.trainer.policy
 from nemo_rl.refit.layout import Holding
 from nemo_rl.trainer.cpu import megatron_on_cpu
 from nemo_rl.trainer.model import Parallel
 from nemo_rl.trainer.policy import MegatronPolicy, TrainerConfig
+from tests.unit.trainer.ranks import free_port
 
 
 def probe(rank: int, meet: str, folder: str, parallel: Parallel, out: str, **changes: Any) -> dict[str, Any]:
@@ -54,8 +57,10 @@ def resume(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -> t
     losses = [policy.supervised_step(ids, mask)["loss"] for _ in range(12)]
     policy.export(out)
     losses.append(_mean_loss(policy.logprobs(ids), mask))
+    address = [f"tcp://127.0.0.1:{free_port()}"]
+    dist.broadcast_object_list(address, src=0)
     policy.close()
-    again = MegatronPolicy(TrainerConfig(out, parallel), rank, _next_address(meet))
+    again = MegatronPolicy(TrainerConfig(out, parallel), rank, address[0])
     resumed = _mean_loss(again.logprobs(ids), mask)
     again.close()
     return losses, resumed
@@ -65,9 +70,10 @@ def _mean_loss(logprobs: torch.Tensor, mask: torch.Tensor) -> float:
     return float(-(logprobs * mask).sum() / mask.sum())
 
 
-def _next_address(meet: str) -> str:
-    host, port = meet.rsplit(":", 1)
-    return f"{host}:{int(port) + 1}"
+def unchecked(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -> float:
+    """Worst relative gradient error of a layout that is refused otherwise."""
+    with mock.patch.object(nemo_rl.trainer.policy, "check_parallel", lambda *_: []):
+        return probe(rank, meet, folder, parallel, out)["grads"][0]
 
 
 def step_fails(rank: int, meet: str, folder: str, parallel: Parallel) -> tuple[str, bool]:

@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 from unittest import mock
 
 PRELOAD = ["nemo_rl.trainer.policy", "transformers", "tests.unit.trainer.models"]
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def free_port() -> int:
@@ -32,7 +35,7 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
     context.set_forkserver_preload(PRELOAD)
     meet = f"tcp://127.0.0.1:{free_port()}"
     pipes, processes = [], []
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}):
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
         for rank in range(size):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_enter, args=(theirs, fn, rank, meet, pickle.dumps(args)), daemon=True)
