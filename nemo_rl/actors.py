@@ -244,8 +244,12 @@ class Actors:
         return (
             TrainerGroup(self.trainers, self._config.policy.generation.temperature, deadline),
             GeneratorGroup(self.generators, stop_token_ids, deadline),
-            RefitGroup(self.trainers, self.generators, self._topology, refit_options(self._config)),
+            self.refit_group(refit_options(self._config)),
         )
+
+    def refit_group(self, options: RefitOptions) -> RefitGroup:
+        """Refit sessions of all ranks with options of their own; earlier sessions end when it connects."""
+        return RefitGroup(self.trainers, self.generators, self._topology, options)
 
     def close(self) -> None:
         """Let actors close within a deadline; remove what killed engines leave in shared memory."""
