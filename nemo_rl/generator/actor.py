@@ -1,4 +1,4 @@
-"""What a Ray actor around a `VllmEngine` offers; the cluster makes it an actor, with `worker_env(config)` as environment."""
+"""A `VllmEngine` as a Ray actor; whoever places it gives it `worker_env(config)` as environment."""
 
 from __future__ import annotations
 

@@ -116,8 +116,9 @@ def reprocess(layer: nn.Module, ran: Ran) -> None:
     with hooked([layer], ran):
         layer.quant_method.process_weights_after_loading(layer)
     after = {name: tensor.data_ptr() for name, tensor in own_tensors(layer).items()}
-    if after != before:
-        raise RuntimeError(f"processing of {type(layer).__name__} replaced {[n for n in before if after.get(n) != before[n]]}")
+    replaced = [name for name in before if after.get(name) != before[name]]
+    if replaced:
+        raise RuntimeError(f"processing of {type(layer).__name__} gave {', '.join(replaced)} another storage")
 
 
 @contextmanager

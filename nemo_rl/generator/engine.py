@@ -74,7 +74,7 @@ class Generated:
 def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") -> dict[str, str]:
     """Environment of a process that will hold a `VllmEngine`; it must stand before vLLM is imported there."""
     env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in the actor; tensor-parallel workers are its children
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in this process
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -98,8 +98,8 @@ def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") 
 class VllmEngine:
     """A vLLM engine and its workers. The process needs `worker_env(config)` as environment.
 
-    It serves version 0, the weights it loaded, until a refit commits another. While a refit is open, and after one failed
-    until another succeeds over a new session, `generate` refuses with the reason.
+    It serves version 0, the weights it loaded, until a refit commits another. While a refit is open, and after one
+    failed until another succeeds over a new session, `generate` refuses with the reason.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -208,7 +208,7 @@ class VllmEngine:
         self._all("refit_close")
 
     def _all(self, method: str, *args: object) -> list[Any]:
-        """Call every worker; the values, or the first error with the others' words. Errors leave the engine refusing."""
+        """Call every worker and return their values. Raises the first error, which leaves the engine refusing."""
         if self._llm is None:
             raise RuntimeError("the engine was closed; make a new one")
         try:
@@ -219,9 +219,9 @@ class VllmEngine:
         errors = [v for v in values if isinstance(v, RefitError)]
         if not errors:
             return values
-        error = _join_errors(errors)
-        self._refusal = str(error)
-        raise error
+        joined = _join_errors(errors)
+        self._refusal = str(joined)
+        raise joined
 
     # ---- tests and end of life
 

@@ -107,8 +107,9 @@ def _shared_storage(model: nn.Module, twin: nn.Module) -> list[str]:
         if tensor.numel():
             holders.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
     groups = ([n for n in names if n in apart] for names in holders.values())
+    remedy = "start the engine with load_format dummy"
     return [
-        f"{' and '.join(group)} share one storage although the loader fills each; load the engine with load_format dummy"
+        f"{' and '.join(group)} share one storage although the loader fills each; {remedy}"
         for group in groups
         if len(group) > 1
     ]

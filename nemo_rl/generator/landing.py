@@ -198,8 +198,8 @@ class VllmLanding:
         missing += [] if update.misc_loaded else sorted(layouts.misc)
         if update.open or missing:
             raise RuntimeError(
-                f"version {update.version}: units {sorted(update.open)} are open and {len(missing)} modules or tensors were "
-                f"not loaded and processed: {', '.join(missing[:8])}"
+                f"version {update.version}: units {sorted(update.open)} are open, and {len(missing)} modules or "
+                f"tensors were not loaded and processed: {', '.join(missing[:8])}"
             )
         with compat.inside(self._config):
             for name in layouts.in_place:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class RefitWorker:
-    """Methods for `collective_rpc`. They return a RefitError instead of raising it, so that the caller gets every worker's."""
+    """Methods for `collective_rpc`. They return a RefitError instead of raising it: the caller wants every worker's."""
 
     model_runner: Any
     vllm_config: Any
