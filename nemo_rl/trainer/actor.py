@@ -25,6 +25,8 @@ def trainer_env() -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # NVLink multicast can take a host's GPUs out of service.
         "NCCL_NVLS_ENABLE": "0",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        "NVSHMEM_DISABLE_NVLS": "1",
     }
 
 

@@ -1,0 +1,123 @@
+"""Megatron actors to vLLM actors: after every refit, engines equal fresh ones that loaded the export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from nemo_rl.actors import Actors, TrainerGroup, generator_config, refit_options
+from nemo_rl.cluster import Cluster
+from nemo_rl.config import Config, load_config
+from nemo_rl.generator.actor import GeneratorActor
+from nemo_rl.generator.engine import worker_env
+from nemo_rl.grpo.loss import LossInputs, LossOptions
+from nemo_rl.grpo.types import RolloutBatch
+from nemo_rl.topology import topology_of
+
+from ..unit.trainer.models import make_config, make_model
+
+BASE = Path(__file__).parents[2] / "examples" / "configs" / "grpo_qwen3_tiny_cpu.yaml"
+PROMPTS = [[5, 9, 3, 77], [1], [90, 91, 92, 93, 94, 95, 96, 97, 98]]
+DENSE = ["policy.megatron_cfg.tensor_model_parallel_size=2"]
+MOE = [
+    *DENSE,
+    "policy.megatron_cfg.expert_model_parallel_size=2",
+    "policy.generation.vllm_cfg.tensor_parallel_size=2",
+]
+
+
+def configured(folder: Path, overrides: list[str]) -> Config:
+    common = [
+        f"policy.model_name={folder}",
+        "policy.generation.vllm_cfg.load_format=dummy",
+        "policy.refit.deadline_s=60",
+        "cluster.gpus_per_node=4",
+    ]
+    return load_config(BASE, [*common, *overrides])
+
+
+@contextmanager
+def stack(kind: str, folder: Path, overrides: list[str]) -> Iterator[tuple[Config, Actors]]:
+    changes = {"moe": {"mlp_only_layers": [], "moe_intermediate_size": 64}}.get(kind, {})
+    config = make_config(kind, num_hidden_layers=2, **changes)
+    make_model(config).save_pretrained(folder)
+    settings = configured(folder, overrides)
+    topology, problems = topology_of(settings)
+    assert not problems
+    with (
+        Cluster(settings.cluster, topology, "cpu") as cluster,
+        Actors(settings, folder, topology, "cpu", cluster) as actors,
+    ):
+        yield settings, actors
+
+
+def train(actors: Actors, seed: int) -> None:
+    """One optimizer step large enough to change every parameter."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 128, (8, 16), generator=g)
+    mask = torch.ones(8, 16)
+    mask[:, :4] = 0
+    old = -torch.rand(8, 16, generator=g) * 5
+    lengths, rewards = torch.full((8,), 16), torch.randn(8, generator=g)
+    batch = RolloutBatch(ids, lengths, mask, old, rewards, torch.arange(8))
+    inputs = LossInputs(torch.randn(8, generator=g), mask, old, old, old)
+    options = LossOptions(kl_penalty=0.1, clip_low=10.0, clip_high=1e6, importance_correction=False)
+    TrainerGroup(actors.trainers, 1.0, 120.0).train(batch, inputs, options, 1e-2)
+
+
+def observe(engine: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """Greedy tokens and log-probabilities, and every worker's readable parameters."""
+    answers = ray.get(engine.generate.remote(PROMPTS, 1, 12, 0.0), timeout=120)
+    said = [[(c.token_ids, c.logprobs) for c in answer] for answer in answers]
+    return said, ray.get(engine.read_parameters.remote(), timeout=60)
+
+
+def same(one: list[dict[str, torch.Tensor]], two: list[dict[str, torch.Tensor]]) -> bool:
+    return len(one) == len(two) and all(
+        a.keys() == b.keys()
+        and all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a if a[n].ndim)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def fresh_observation(settings: Config, folder: Path) -> Any:
+    config = generator_config(settings, folder)
+    config = type(config)(**{**{f: getattr(config, f) for f in config.__dataclass_fields__}, "load_format": "auto"})
+    remote = ray.remote(GeneratorActor).options(num_cpus=0, runtime_env={"env_vars": worker_env(config)})
+    engine = remote.remote(config)
+    try:
+        return observe(engine)
+    finally:
+        ray.get(engine.close.remote(), timeout=60)
+        ray.kill(engine)
+
+
+@pytest.mark.parametrize(("kind", "overrides"), [("dense", DENSE), ("moe", MOE)])
+def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[str], tmp_path: Path) -> None:
+    with stack(kind, tmp_path / "start", overrides) as (settings, actors):
+        group = actors.refit_group(refit_options(settings))
+        group.connect()
+        seen = []
+        for version in (1, 2):
+            reports = group.reports(version)
+            count = len(actors.trainers)
+            assert all(r.verified for r in reports)
+            assert sum(r.bulk_bytes for r in reports[count:]) == reports[0].required_bytes > 0
+            assert sum(r.bulk_bytes for r in reports[:count]) == reports[0].required_bytes
+            assert not any(r.misc_bytes for r in reports)
+            target = tmp_path / f"v{version}"
+            ray.get([a.handle.export.remote(str(target)) for a in actors.trainers], timeout=60)
+            want_said, want_parameters = fresh_observation(settings, target)
+            for actor in actors.generators:
+                said, parameters = observe(actor.handle)
+                assert said == want_said, f"version {version}: {actor.name} does not answer as a fresh engine"
+                assert same(parameters, want_parameters)
+            seen.append(want_said)
+            train(actors, version)
+        assert seen[0] != seen[1], "the step between the refits changed nothing"
