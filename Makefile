@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Where torch's CPU wheel comes from when pip's own configuration does not find one.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps --no-compile
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -30,6 +30,8 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml Makefil
 	  $(PIP_INSTALL) --index-url $(TORCH_CPU_INDEX) -r requirements/torch-cpu.txt; }
 	@$(PIP_INSTALL) -r requirements/cpu.txt
 	@$(PIP_INSTALL) --no-build-isolation -e .
+	@echo "importing it once, so that actors do not all compile it at their first start"
+	@$(BIN)/python -W ignore -c 'import megatron.core.models.gpt, megatron.core.optimizer, ray, transformers; from vllm import LLM' >/dev/null
 	@touch $@
 
 grpo: setup ## Train the dense model with GRPO (more overrides: ARGS="key=value ...")

@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl.config import ClusterConfig
+from nemo_rl.refit.errors import RefitError
 from nemo_rl.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -159,10 +160,19 @@ def _failure(reference: Any) -> BaseException | None:
 
 
 def _error(phase: str, deadline_s: float, failures: Mapping[str, BaseException], silent: Sequence[str]) -> ClusterError:
-    """Dead actors first: they are why the others fail."""
+    """Dead actors first: they are why the others fail. What several actors say alike is told once."""
     dead = [name for name, error in failures.items() if isinstance(error, _DEAD)]
-    lines = [f"{name} died" for name in dead]
-    lines += [f"{name}: {_said(error)}" for name, error in failures.items() if name not in dead]
+    lines, alike = [f"{name} died" for name in dead], []
+    # Sessions' own errors go first, as other errors may only quote them.
+    for name in sorted(set(failures) - set(dead), key=lambda n: not isinstance(failures[n], RefitError)):
+        text = _said(failures[name])
+        known = [e.detail for e in failures.values() if isinstance(e, RefitError) and any(e.detail in s for s in lines)]
+        if any(detail in text for detail in known):
+            alike.append(name)
+        else:
+            lines.append(f"{name}: {text}")
+    if alike:
+        lines.append(f"{', '.join(sorted(alike))} said the same")
     if silent:
         waited = "had not answered when the others failed" if failures else f"did not answer within {deadline_s:g} s"
         lines.append(f"{', '.join(silent)} {waited}")
@@ -172,5 +182,5 @@ def _error(phase: str, deadline_s: float, failures: Mapping[str, BaseException],
 def _said(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, RayTaskError):  # the text is a whole traceback, its last line the error
-        text = text.splitlines()[-1]
-    return f"{type(error).__name__}: {text}" if not isinstance(error, RayTaskError) else text
+        return text.splitlines()[-1]
+    return text if isinstance(error, RefitError) else f"{type(error).__name__}: {text}"

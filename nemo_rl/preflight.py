@@ -216,8 +216,8 @@ def _start_model(config: Config) -> Iterator[str]:
     if config.policy.model_name != START_MODEL:
         return
     model = config.start_model
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    sizes += ("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "warmup_batch_size")
+    sizes = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    sizes += ["head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "warmup_batch_size"]
     values = {name: getattr(model, name) for name in sizes}
     small = [name for name, value in values.items() if value < 1]
     yield from (f"start_model.{name}={values[name]}: at least 1 is needed" for name in small)

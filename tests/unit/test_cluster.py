@@ -11,6 +11,7 @@ import pytest
 
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
 from nemo_rl.config import ClusterConfig
+from nemo_rl.refit.errors import PlanError
 from nemo_rl.topology import Topology
 
 
@@ -31,6 +32,9 @@ class Worker:
 
     def fail(self) -> None:
         raise ValueError(f"worker {self.value} refuses")
+
+    def refuse(self) -> None:
+        raise PlanError("nothing meets", rank=self.value, phase="plan", remedy="make it meet")
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -66,6 +70,13 @@ def test_an_error_is_told_with_its_actor(actors: list[Actor]) -> None:
             [(a, a.handle.fail.remote() if i else a.handle.answer.remote()) for i, a in enumerate(actors)], "x", 60
         )
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_what_all_say_is_told_once(actors: list[Actor]) -> None:
+    with pytest.raises(ClusterError, match="refit failed on rank . in phase 'plan': nothing meets") as caught:
+        wait_all([(a, a.handle.refuse.remote()) for a in actors], "refit plan", 60)
+    assert str(caught.value).count("nothing meets") == 1 and "said the same" in str(caught.value)
+    assert isinstance(caught.value.__cause__, PlanError)
 
 
 def test_a_dead_actor_ends_the_wait_of_all(cluster: Cluster, actors: list[Actor]) -> None:

@@ -24,7 +24,7 @@ ARROWS = {
     "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
     "driver": {"actors", "cluster", "config", "grpo", "metrics", "preflight", "topology"},
     "topology": {"config"},
-    "cluster": {"config", "topology"},
+    "cluster": {"config", "refit", "topology"},
     "actors": {"config", "topology", "cluster", "refit", "grpo", "trainer", "generator"},
 }
 # External package -> the only parts of nemo_rl that may import it.

@@ -1,0 +1,135 @@
+"""GRPO runs of a few steps with real trainers, real generators and real refits, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from nemo_rl.actors import Actors
+from nemo_rl.cluster import Cluster, ClusterError
+from nemo_rl.config import load_config
+from nemo_rl.driver import stop_token_ids
+from nemo_rl.grpo.rollouts import GenerationRequest, SamplingOptions
+from nemo_rl.grpo.warmup import ensure_start_model
+from nemo_rl.topology import topology_of
+
+ROOT = Path(__file__).parents[2]
+DENSE, MOE = (ROOT / "examples" / "configs" / f"grpo_qwen3_{kind}tiny_cpu.yaml" for kind in ("", "moe_"))
+SMALL = [
+    "start_model.warmup_steps=80",
+    "data.min_items=2",
+    "data.max_items=3",
+    "grpo.num_prompts_per_step=8",
+    "policy.train_global_batch_size=64",
+]
+SMALL += ["policy.train_micro_batch_size=32", "policy.megatron_cfg.optimizer.lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def start(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "run_grpo.py"), "--config", str(config), *overrides]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("NRL_")} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
+
+
+def run(config: Path, models: Path, outputs: Path, steps: int, *overrides: str) -> tuple[list[dict[str, Any]], str]:
+    """Metrics of a run that must succeed, and what it printed."""
+    places = [f"start_model.cache_dir={models}", f"logger.log_dir={outputs}", f"grpo.max_num_steps={steps}"]
+    done = start(config, *SMALL, *places, *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (outputs / "latest" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, steps + 1))
+    return rows, done.stdout
+
+
+def assert_proven(rows: list[dict[str, Any]], transport: str) -> None:
+    for row in rows:
+        assert row["refit_verified"] is True and row["refit_transport"] == transport
+        assert row["weight_version"] == row["step"]
+        assert 0 <= row["gen_kl_error"] < 1e-6
+        assert row["refit_s"] > 0 and row["refit_bulk_bytes"] + row["refit_misc_bytes"] > 1_000_000
+        assert 0 < row["reward_mean"] <= 1 and row["grad_norm"] > 0
+
+
+def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
+    rows, printed = run(DENSE, models, tmp_path, 3)
+    assert_proven(rows, "gloo")
+    assert all(r["refit_misc_bytes"] == 0 for r in rows)
+    assert len({r["refit_bulk_bytes"] for r in rows}) == 1
+    assert "margin" in printed and "verified" in printed
+    folder = (tmp_path / "latest").resolve()
+    assert (folder / "summary.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+    assert load_config(folder / "config.yaml", [], {}).grpo.max_num_steps == 3
+    assert "refit plan" in (folder / "run.log").read_text()
+
+
+def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
+    rows, _ = run(MOE, models, tmp_path, 2)
+    assert_proven(rows, "gloo")
+
+
+def test_conventional_refits(models: Path, tmp_path: Path) -> None:
+    rows, _ = run(DENSE, models, tmp_path, 2, "policy.nccl_xfer_refit=false")
+    assert_proven(rows, "broadcast")
+    assert all(r["refit_bulk_bytes"] == 0 for r in rows)
+
+
+def test_without_refits_generator_and_trainer_part(models: Path, tmp_path: Path) -> None:
+    rows, _ = run(DENSE, models, tmp_path, 3, "grpo.refit_every=0")
+    assert rows[0]["gen_kl_error"] < 1e-6 and min(r["gen_kl_error"] for r in rows[1:]) > 1e-4
+    assert all(r["refit_s"] is None and r["weight_version"] == 0 for r in rows)
+
+
+def test_a_refused_configuration_starts_nothing(tmp_path: Path) -> None:
+    started = time.monotonic()
+    key = "policy.megatron_cfg.tensor_model_parallel_size"
+    done = start(DENSE, f"logger.log_dir={tmp_path}", f"{key}=8", "policy.generation.vllm_cfg.precision=fp4")
+    assert done.returncode == 2 and time.monotonic() - started < 60
+    assert "does not divide the 4 attention heads" in done.stderr and "fp4: unknown" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def actors(models: Path) -> Iterator[tuple[Actors, Path]]:
+    places = [f"start_model.cache_dir={models}", "policy.refit.deadline_s=20"]
+    config = load_config(DENSE, [*SMALL, *places], {})
+    topology, _ = topology_of(config)
+    path = ensure_start_model(config)
+    with Cluster(config.cluster, topology, "cpu") as cluster, Actors(config, path, topology, "cpu", cluster) as running:
+        yield running, path
+
+
+def test_a_killed_trainer_ends_the_refit_and_nothing_is_served(actors: tuple[Actors, Path]) -> None:
+    running, path = actors
+    _, generators, refitter = running.groups(stop_token_ids(path))
+    refitter.connect()
+    assert refitter.refit(0).verified
+    request = GenerationRequest(((5, 6),), (1,), SamplingOptions(1, 4, 1.0))
+    assert len(generators.generate([request, request])) == 2
+    ray.kill(running.trainers[1].handle)
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"phase 'refit of version 1' failed: trainer 1 \(rank 1\) died"):
+        refitter.refit(1)
+    assert time.monotonic() - started < 60
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with pytest.raises(ClusterError) as caught:
+            generators.generate([request, request])
+        if "refuses to generate" in str(caught.value):
+            return
+        time.sleep(1)
+    pytest.fail(f"the generators do not refuse with a reason: {caught.value}")
