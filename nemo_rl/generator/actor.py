@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from nemo_rl.generator.engine import Generated, GeneratorConfig, Store, VllmEngine
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 
@@ -46,6 +48,9 @@ class GeneratorActor:
 
     def refit_close(self) -> None:
         self._engine.refit_close()
+
+    def read_parameters(self) -> list[dict[str, torch.Tensor]]:
+        return self._engine.read_parameters()
 
     def close(self) -> None:
         self._engine.close()

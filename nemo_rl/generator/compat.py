@@ -21,8 +21,13 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffe
 
 try:
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
-except ImportError:  # 0.25 keeps the test inside the reload
-    from vllm.model_executor.model_loader.reload.layerwise import is_deferred_attention_layer
+except ImportError:  # vLLM 0.25
+
+    def is_deferred_attention_layer(layer: nn.Module) -> bool:
+        from vllm.model_executor.layers.attention import Attention, MLAAttention, MMEncoderAttention
+
+        return isinstance(layer, (Attention, MLAAttention, MMEncoderAttention)) and _has_own_step(layer)
+
 
 Ran = Callable[[nn.Module], None]
 
@@ -50,6 +55,17 @@ def has_processing(layer: nn.Module) -> bool:
     if not isinstance(method, QuantizeMethodBase):
         return False
     return type(method).process_weights_after_loading is not QuantizeMethodBase.process_weights_after_loading
+
+
+def has_unknown_step(layer: nn.Module) -> bool:
+    """Whether the module has a post-load step of its own that is not attention's; nobody says when to repeat it."""
+    if isinstance(layer, QuantizeMethodBase):  # some are modules too; their layer's step is theirs
+        return False
+    return _has_own_step(layer) and not is_deferred_attention_layer(layer)
+
+
+def _has_own_step(layer: nn.Module) -> bool:
+    return callable(getattr(layer, "process_weights_after_loading", None))
 
 
 def load_format(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -259,5 +275,3 @@ def finish_model(model: nn.Module, model_config: Any) -> None:
     for layer in model.modules():
         if is_deferred_attention_layer(layer):
             layer.process_weights_after_loading(model_config.dtype)
-    if callable(getattr(model, "process_weights_after_loading", None)):
-        model.process_weights_after_loading()

@@ -71,6 +71,14 @@ class Generated:
     weight_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a worker answers: a value or an error. Executors end the call of all workers at a bare exception."""
+
+    value: Any = None
+    error: RefitError | None = None
+
+
 def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") -> dict[str, str]:
     """Environment of a process that will hold a `VllmEngine`; it must stand before vLLM is imported there."""
     env = {
@@ -212,13 +220,13 @@ class VllmEngine:
         if self._llm is None:
             raise RuntimeError("the engine was closed; make a new one")
         try:
-            values = self._llm.collective_rpc(method, args=args)
+            outcomes: list[Outcome] = self._llm.collective_rpc(method, args=args)
         except Exception as error:
             self._refusal = f"workers failed in {method}: {error}"
             raise
-        errors = [v for v in values if isinstance(v, RefitError)]
+        errors = [o.error for o in outcomes if o.error is not None]
         if not errors:
-            return values
+            return [o.value for o in outcomes]
         joined = _join_errors(errors)
         self._refusal = str(joined)
         raise joined

@@ -37,10 +37,12 @@ def classify(model: nn.Module, twin: nn.Module, vllm_config: Any) -> Formats:
         if name not in twins or type(twins[name]) is not type(layer):
             out.problems.append(f"{name}: the live module and its storage-less twin are not of one class")
             continue
+        if compat.has_unknown_step(layer):
+            out.problems.append(
+                f"{name or 'the model'}: {type(layer).__name__} has a post-load step that may not repeat"
+            )
         _classify(out, name, layer, twins[name], vllm_config, tried)
     out.problems.extend(_shared_storage(model, twin))
-    if callable(getattr(model, "process_weights_after_loading", None)):
-        out.problems.append(f"{type(model).__name__} has a post-load step of the whole model, which cannot be repeated")
     return out
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from nemo_rl.generator.engine import Outcome
 from nemo_rl.generator.landing import VllmLanding
-from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 from nemo_rl.refit.session import RefitSession
 
-T = TypeVar("T")
-
 
 class RefitWorker:
-    """Methods for `collective_rpc`. They return a RefitError instead of raising it: the caller wants every worker's."""
+    """Methods for `collective_rpc`. Those that answer an Outcome do not raise."""
 
     model_runner: Any
     vllm_config: Any
@@ -31,38 +30,37 @@ class RefitWorker:
             self._refit_landing = VllmLanding(self.model_runner.get_model(), self.vllm_config, self.model_config)
         return self._refit_landing
 
-    def refit_connect(
-        self, rank_offset: int, world: World, store: tuple[str, int], options: RefitOptions
-    ) -> RefitError | None:
-        """Join as rank `rank_offset` + this worker's rank in its engine."""
+    def refit_connect(self, rank_offset: int, world: World, store: tuple[str, int], options: RefitOptions) -> Outcome:
+        """Join as rank `rank_offset` + this worker's rank in its engine; an earlier session ends."""
 
         def connect() -> None:
+            self._close()
             rank, self._refit_landing = rank_offset + self.rank, None
             self._refit_session = RefitSession(rank, world, store, options, landing=self.refit_landing())
             self._refit_session.connect()
 
         return self._said(connect, "connect")
 
-    def refit_plan(self) -> str | RefitError:
+    def refit_plan(self) -> Outcome:
         """Digest of the agreed plan."""
         return self._said(lambda: self._session().plan().digest, "plan")
 
-    def refit(self, version: int) -> RefitReport | RefitError:
+    def refit(self, version: int) -> Outcome:
+        """The worker's report."""
         return self._said(lambda: self._session().refit(version), "refit")
 
-    def refit_close(self) -> RefitError | None:
+    def refit_close(self) -> Outcome:
         """Idempotent."""
-
-        def close() -> None:
-            if self._refit_session is not None:
-                self._refit_session.close()
-                self._refit_session = None
-
-        return self._said(close, "close")
+        return self._said(self._close, "close")
 
     def read_parameters(self) -> dict[str, torch.Tensor]:
         """Copies of the live parameters, on the CPU."""
         return {name: p.detach().cpu().clone() for name, p in self.model_runner.get_model().named_parameters()}
+
+    def _close(self) -> None:
+        if self._refit_session is not None:
+            self._refit_session.close()
+            self._refit_session = None
 
     def _session(self) -> RefitSession:
         if self._refit_session is None:
@@ -71,11 +69,11 @@ class RefitWorker:
             )
         return self._refit_session
 
-    def _said(self, call: Callable[[], T], phase: str) -> T | RefitError:
+    def _said(self, call: Callable[[], object], phase: str) -> Outcome:
         try:
-            return call()
+            return Outcome(call())
         except RefitError as error:
-            return error
-        except Exception as error:  # a value that the caller's process can unpickle, whatever was raised
-            text = f"{type(error).__name__}: {error}"
-            return RefitError(text, rank=self.rank, phase=phase, remedy="see the worker's log; remake the session")
+            return Outcome(error=error)
+        except Exception as error:  # told in words, whatever it was: the caller's process must be able to unpickle it
+            text, remedy = f"{type(error).__name__}: {error}", "see the worker's log; remake the session"
+            return Outcome(error=RefitError(text, rank=self.rank, phase=phase, remedy=remedy))
