@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,24 +17,47 @@ import torch
 from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
-from nemo_rl.refit.digest import digest_view
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, Layout, TensorTable, natural_order
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
-from nemo_rl.refit.plan import CopyTable, RefitPlan
+from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.base import Transport
 from nemo_rl.refit.transports.gloo import GlooTransport
 from nemo_rl.refit.transports.golden import run_golden
+from nemo_rl.refit.verify import differences, source_digests
 from nemo_rl.refit.wire import pack_declaration, pack_source, unpack_declaration, unpack_source
 
 log = logging.getLogger(__name__)
 
 TRANSPORTS = ("auto", "gloo", "golden", "broadcast")
 """Names that a session takes; `auto` is `gloo` where tensors are on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What connect() makes."""
+
+    control: Control
+    transport: Transport | None
+
+    @property
+    def moves(self) -> Transport:
+        assert self.transport is not None
+        return self.transport
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """What plan() makes."""
+
+    plan: RefitPlan
+    sources: Mapping[int, Layout]
+    declarations: Mapping[int, Declaration]
+    pipeline: Pipeline
 
 
 class RefitSession:
@@ -76,7 +100,8 @@ class RefitSession:
         self._data_s = 0.9 * options.deadline_s
         self._phase = "connect"
         self._phase_s: dict[str, float] = {}
-        self._plan: RefitPlan | None = None
+        self._link_or_none: _Link | None = None
+        self._agreed_or_none: _Agreed | None = None
         self._holdings: list[Holding] = []
 
     # ---- declare, plan, agree
@@ -85,12 +110,12 @@ class RefitSession:
         """Reach the store and every peer. Raises TransferError, naming who did not answer."""
         with self._guarded("connect"):
             deadline = self.options.deadline_s
-            self._control = Control(self.rank, self.world, self._address, deadline)
-            self._control.gather("connect", self._mode().encode())
-            self._transport = self._given_transport or GlooTransport(
-                self._control.store, self.rank, self.world.size, deadline
-            )
-            self._pipeline: Pipeline | None = None
+            control = Control(self.rank, self.world, self._address, deadline)
+            self._link_or_none = _Link(control, self._given_transport)
+            control.gather("connect", self._mode().encode())
+            if self._given_transport is None:
+                transport = GlooTransport(control.store, self.rank, self.world.size, deadline)
+                self._link_or_none = _Link(control, transport)
 
     def plan(self) -> RefitPlan:
         """Declare this rank's layout, join all layouts, prove the plan and agree on it.
@@ -103,14 +128,14 @@ class RefitSession:
             table, sources, unused = self._declare_sources()
             declarations = self._declare_landings(table)
         with self._guarded("plan"):
-            self._plan = self._join(table, sources, declarations, unused)
-            self._sources, self._declarations = sources, declarations
+            plan = self._join(table, sources, declarations, unused)
             if self.rank == self.world.trainers[0]:
-                log.info("%s", self._plan.describe())
+                log.info("%s", plan.describe())
         with self._guarded("agree"):
-            self._agree(self._statement())
-            self._pipeline = Pipeline(self._plan, self.rank, self._transport, self.options.num_streams)
-        return self._plan
+            self._agree(self._statement(plan))
+            pipeline = Pipeline(plan, self.rank, self._link.moves, self.options.num_streams)
+            self._agreed_or_none = _Agreed(plan, sources, declarations, pipeline)
+        return plan
 
     def _declare_sources(self) -> tuple[TensorTable, dict[int, Layout], dict[str, str]]:
         payload = b""
@@ -165,11 +190,10 @@ class RefitSession:
     def _mode(self) -> str:
         return "gloo" if self.options.transport == "auto" else self.options.transport
 
-    def _statement(self) -> dict[str, str]:
-        assert self._plan is not None
-        dtypes = json.dumps([str(m.dtype) for m in self._plan.table.values()])
+    def _statement(self, plan: RefitPlan) -> dict[str, str]:
+        dtypes = json.dumps([str(m.dtype) for m in plan.table.values()])
         return {
-            "plan digest": self._plan.digest,
+            "plan digest": plan.digest,
             "dtype table": hashlib.sha256(dtypes.encode()).hexdigest(),
             "transport": self._mode(),
             "options": repr(self.options),
@@ -177,7 +201,7 @@ class RefitSession:
 
     def _agree(self, statement: Mapping[str, Any]) -> None:
         """All ranks say the same, or nobody enters a transfer."""
-        said = {r: json.loads(b) for r, b in self._control.gather("agree", json.dumps(statement).encode()).items()}
+        said = {r: json.loads(b) for r, b in self._link.control.gather("agree", json.dumps(statement).encode()).items()}
         differ = [
             f"{self.world.describe(r)} has {key} {other.get(key)}, {self.world.describe(0)} has {said[0].get(key)}"
             for r, other in said.items()
@@ -205,8 +229,6 @@ class RefitSession:
             TransferError: a peer died or a deadline passed; rank, phase, round, peer and parameter.
             VerificationError: bytes differ; parameter, region and both ranks.
         """
-        if self._plan is None:
-            raise RuntimeError("call plan() before refit()")
         started, memory = time.monotonic(), PeakRss()
         self._phase_s = {}
         with self._guarded("agree"):
@@ -217,7 +239,7 @@ class RefitSession:
                     phase="agree",
                     remedy="refit with a version above the committed one",
                 )
-            self._agree({"plan digest": self._plan.digest, "version": version})
+            self._agree({"plan digest": self._agreed.plan.digest, "version": version})
         if self._landing is not None:
             with self._guarded("begin"):
                 self._landing.begin(version)
@@ -239,13 +261,18 @@ class RefitSession:
             misc_bytes=packed.sent_bytes + packed.received_bytes,
             staging_bytes=bulk.staging_bytes + packed.staging_bytes,
             extra_rss_bytes=memory.extra_bytes,
-            required_bytes=self._plan.required_bytes,
+            required_bytes=self._agreed.plan.required_bytes,
         )
 
     def close(self) -> None:
         """Give up connections; idempotent."""
-        if self._given_transport is None and self._phase != "connect" and self._transport is not None:
-            self._transport.close()
+        if (
+            self._link_or_none is not None
+            and self._given_transport is None
+            and self._link_or_none.transport is not None
+        ):
+            self._link_or_none.transport.close()
+        self._link_or_none = self._agreed_or_none = None
         self._failure = self._failure or PoisonedError(
             "the session was closed", rank=self.rank, phase="close", remedy="make a new session"
         )
@@ -255,17 +282,16 @@ class RefitSession:
         return holding.view[region.slices_in(holding.region)]
 
     def _move_bulk(self) -> tuple[Traffic, dict[int, int]]:
-        assert self._plan is not None and self._pipeline is not None
-        tracker = None
+        agreed, tracker = self._agreed, None
         if self._landing is not None:
-            layout = self._declarations[self.rank].layout
-            tracker = Tracker(self._plan, self._plan.bulk, self.rank, layout, self._landing, self.options.verify)
+            layout = agreed.declarations[self.rank].layout
+            tracker = Tracker(agreed.plan, agreed.plan.bulk, self.rank, layout, self._landing, self.options.verify)
         if self._mode() == "golden":
             landing = None if tracker is None else (layout, tracker)
-            args = (self._plan, self.rank, self._transport, self._sources, self._holdings, landing)
+            args = (agreed.plan, self.rank, self._link.moves, agreed.sources, self._holdings, landing)
             traffic = run_golden(*args, self._data_s)
         else:
-            traffic = self._pipeline.run(self._plan.bulk, self._src_view, tracker, self._data_s)
+            traffic = agreed.pipeline.run(agreed.plan.bulk, self._src_view, tracker, self._data_s)
         if tracker is not None and tracker.unfinished:
             raise TransferError(
                 f"landing units {tracker.unfinished} (unit: copies) are incomplete",
@@ -276,19 +302,19 @@ class RefitSession:
         return traffic, {} if tracker is None else tracker.digests
 
     def _move_misc(self) -> tuple[Traffic, dict[int, int]]:
-        assert self._plan is not None and self._pipeline is not None
-        if not self._plan.misc_fqns:
+        agreed, transport, deadline = self._agreed, self._link.moves, self._data_s
+        if not agreed.plan.misc_fqns:
             return Traffic(), {}
-        deadline = self._data_s
         if self._landing is not None:
-            receiver = misc.Receiver(self._plan, self._transport, deadline, self.options.verify)
+            receiver = misc.Receiver(agreed.plan, transport, deadline, self.options.verify)
             self._landing.load_misc(receiver.tensors())
             return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.digests
-        if self.rank != self._plan.misc_root:
-            return self._pipeline.run(self._plan.misc, self._src_view, None, deadline), {}
-        sink = misc.RootSink(self._plan, self._transport, deadline)
-        tracker = Tracker(self._plan, self._plan.misc, self.rank, misc.root_layout(self._plan), sink, verify=False)
-        traffic = self._pipeline.run(self._plan.misc, self._src_view, tracker, deadline)
+        if self.rank != agreed.plan.misc_root:
+            return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), {}
+        sink = misc.RootSink(agreed.plan, transport, deadline)
+        whole = misc.root_layout(agreed.plan)
+        tracker = Tracker(agreed.plan, agreed.plan.misc, self.rank, whole, sink, verify=False)
+        traffic = agreed.pipeline.run(agreed.plan.misc, self._src_view, tracker, deadline)
         traffic.sent_bytes += sink.sent_bytes
         traffic.staging_bytes += sink.staging_bytes
         return traffic, {}
@@ -297,17 +323,13 @@ class RefitSession:
         """Compare digests of what trainers hold with digests of what landed, piece by piece."""
         if not self.options.verify:
             return
-        assert self._plan is not None
-        tables = (self._plan.bulk, self._plan.misc)
-        mine = np.concatenate([self._source_digests(table) for table in tables])
-        said = self._control.gather("verify", mine.tobytes() if self._source else b"", self.world.trainers)
+        plan = self._agreed.plan
+        mine = b"" if self._source is None else source_digests(plan, self.rank, self._src_view).tobytes()
+        said = self._link.control.gather("verify", mine, self.world.trainers)
         if self._landing is None:
             return
         held = {r: np.frombuffer(b, np.int64) for r, b in said.items()}
-        wrong = [
-            *self._compare(tables[0], bulk, held, start=dict.fromkeys(held, 0)),
-            *self._compare(tables[1], packed, held, start=self._counts(tables[0])),
-        ]
+        wrong = differences(plan, self.rank, held, bulk, packed)
         if wrong:
             shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise VerificationError(
@@ -317,57 +339,37 @@ class RefitSession:
                 remedy="the version was not committed; find what wrote these bytes, then remake the session and refit",
             )
 
-    def _counts(self, copies: CopyTable) -> dict[int, int]:
-        return {r: int((copies.src_rank == r).sum()) for r in self.world.trainers}
-
-    def _source_digests(self, copies: CopyTable) -> np.ndarray:
-        """Digest of every copy that this rank sends, in table order; equal pieces are read once."""
-        assert self._plan is not None
-        seen: dict[tuple[int, Region], int] = {}
-        out = []
-        for index in np.flatnonzero(copies.src_rank == self.rank).tolist():
-            key = (int(copies.src_row[index]), self._plan.region(copies, index))
-            if key not in seen:
-                seen[key] = digest_view(self._src_view(*key), key[1])
-            out.append(seen[key])
-        return np.array(out, np.int64)
-
-    def _compare(
-        self, copies: CopyTable, landed: Mapping[int, int], held: Mapping[int, np.ndarray], start: Mapping[int, int]
-    ) -> Iterator[str]:
-        assert self._plan is not None
-        position = np.zeros(len(copies), np.int64)
-        for rank in self.world.trainers:
-            rows = np.flatnonzero(copies.src_rank == rank)
-            position[rows] = start[rank] + np.arange(len(rows))
-        due = np.flatnonzero(copies.dst_rank == self.rank) if copies is self._plan.bulk else range(len(copies))
-        for index in (int(i) for i in due):
-            copy = self._plan.copy(copies, index)
-            want = int(held[copy.src_rank][position[index]])
-            if landed.get(index) != want:
-                yield (
-                    f"{copy.fqn} {copy.region}: {self.world.describe(copy.src_rank)} holds digest {want}, "
-                    f"{self.world.describe(self.rank)} has {landed.get(index)}"
-                )
-
     def _commit(self, version: int) -> None:
         """Finish on every rank, then commit on every rank."""
         if self._landing is not None:
             self._landing.finish()
-        self._control.gather("commit", str(version).encode())
+        self._link.control.gather("commit", str(version).encode())
         if self._landing is not None:
             self._landing.commit(version)
         self._version = version
 
     # ---- helpers
 
+    @property
+    def _link(self) -> _Link:
+        if self._link_or_none is None:
+            raise RuntimeError("connect() comes first")
+        return self._link_or_none
+
+    @property
+    def _agreed(self) -> _Agreed:
+        if self._agreed_or_none is None:
+            raise RuntimeError("plan() comes before refit()")
+        return self._agreed_or_none
+
     def _exchange(self, phase: str, payload: bytes) -> dict[int, bytes]:
         """Gather where equal payloads (replicas' layouts) travel once: ranks pass hashes, blobs are stored by hash."""
         key = hashlib.sha256(payload).hexdigest()
-        store = self._control.store
+        control = self._link.control
+        store = control.store
         if not store.check([f"blob/{key}"]):
             store.set(f"blob/{key}", payload)
-        keys = {r: b.decode() for r, b in self._control.gather(phase, key.encode()).items()}
+        keys = {r: b.decode() for r, b in control.gather(phase, key.encode()).items()}
         blobs = {k: bytes(store.get(f"blob/{k}")) for k in set(keys.values())}
         return {r: blobs[k] for r, k in keys.items()}
 
@@ -396,8 +398,8 @@ class RefitSession:
     def _fail(self, error: RefitError) -> None:
         self._failure = error
         log.error("%s", error)
-        if self._phase != "connect":
-            self._control.abort(error)
+        if self._link_or_none is not None:
+            self._link_or_none.control.abort(error)
         if self._landing is not None:
             self._landing.reject(str(error))
 

@@ -194,8 +194,9 @@ def test_agree_refuses_a_rank_with_another_plan():
     assert "generator 1 (rank 3)" in str(results[0]) and "options" in str(results[0])
     sim, _, _, _ = two_by_two()
     raise_any(sim.start())
-    object.__setattr__(sim.sessions[1]._plan, "required_bytes", 1)
-    sim.sessions[1]._plan.__dict__.pop("digest", None)
+    plan = sim.sessions[1]._agreed.plan
+    object.__setattr__(plan, "required_bytes", 1)
+    plan.__dict__.pop("digest", None)
     results = sim.refit(1)
     assert all(isinstance(r, AgreementError) for r in results.values())
     assert "trainer 1 (rank 1) has plan digest" in str(results[2])
