@@ -27,6 +27,12 @@ from nemo_rl.refit.region import Region
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[3, 17, 99, 5, 42, 7], [250, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77]]
+CAST = (
+    "layers.0.self_attn.q_proj.weight",
+    "layers.1.mlp.experts.2.down_proj.weight",
+    "embed_tokens.weight",
+    "norm.weight",
+)
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"family": "Qwen3"},
     "tied": {"family": "Qwen3", "tie_word_embeddings": True},
@@ -96,6 +102,7 @@ def make_checkpoint(path: Path, kind: str, seed: int, precision: str) -> str:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.normal_(0.8, 0.3)
+            parameter.copy_(parameter.bfloat16())  # so that a tensor can be fed in either dtype
     model.config.dtype = precision
     model.save_pretrained(path)
     return str(path)
@@ -143,8 +150,11 @@ def table_of(tensors: dict[str, torch.Tensor]) -> TensorTable:
 
 
 def land(worker: Any, path: str, version: int, through: str) -> list[str]:
-    """In a worker: bring a checkpoint in through units or through whole tensors; problems of the declaration."""
+    """In a worker: bring a checkpoint in through units, whole tensors or both; problems of the declaration."""
     tensors = load_file(f"{path}/model.safetensors")
+    if through == "both":  # tensors that the loader must cast take their modules along
+        for name in [n for n in tensors if n.endswith(CAST)]:
+            tensors[name] = tensors[name].to(torch.float32 if tensors[name].dtype is torch.bfloat16 else torch.bfloat16)
     landing = worker.refit_landing()
     declared = landing.declare(table_of(tensors))
     garble_kernels(worker.model_runner.get_model())
@@ -159,6 +169,7 @@ def land(worker: Any, path: str, version: int, through: str) -> list[str]:
                 full = tensors[layout.fqn(row)]
                 view.copy_(full[layout.region(row).slices_in(Region.whole(tuple(full.shape)))])
             landing.close(unit)
+        assert (through == "both") == any(declared.misc), declared.misc
         if declared.misc:
             landing.load_misc((name, tensors[name]) for name in table_of(tensors) if name in declared.misc)
     landing.finish()
@@ -178,7 +189,8 @@ def lands(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
     fresh_a, found = observe(engine), {}
     found["A and B differ"] = differ(fresh_a, fresh_b)
     to_a, to_b = (a, fresh_a), (b, fresh_b)
-    order = [(*to_b, "units"), (*to_a, "misc"), (*to_b, "misc"), (*to_b, "units"), (*to_a, "units")]
+    order = [(*to_b, "units"), (*to_a, "misc"), (*to_b, "both"), (*to_b, "units"), (*to_a, "both"), (*to_b, "misc")]
+    order += [(*to_a, "units")]
     for version, (path, want, through) in enumerate(order):
         problems = engine._llm.collective_rpc(land, args=(path, version, through))
         found[f"{version}: no problems"] = problems == [[]] * engine.num_workers
