@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,8 @@ def ensure_start_model(config: Config) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".making-", dir=path.parent))
     try:
-        model = warm_up(config.start_model, config.data, config.policy.max_total_sequence_length)
+        with _one_thread():
+            model = warm_up(config.start_model, config.data, config.policy.max_total_sequence_length)
         model.save_pretrained(work)
         save_tokenizer(work)
         os.chmod(work, 0o755)
@@ -52,6 +55,17 @@ def ensure_start_model(config: Config) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     log.info("start model: made in %s", path)
     return path
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small matrices gain nothing from threads, and their number would change the model in its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def start_model_config(settings: StartModelConfig, max_length: int) -> Any:
@@ -89,7 +103,9 @@ def start_model_config(settings: StartModelConfig, max_length: int) -> Any:
 def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> Any:
     """Train on solved problems with AdamW, linear decay, and loss on the answers only."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(start_model_config(settings, max_length), dtype=torch.float32)
     task = Task(data.task, data.min_items, data.max_items, settings.seed)
