@@ -82,6 +82,10 @@ class Declaration:
 class Landing(Protocol):
     """A rank that receives weights into an engine."""
 
+    @property
+    def version(self) -> int | None:
+        """Of the weights that the last refit committed; None before the first."""
+
     def declare(self, table: TensorTable) -> Declaration:
         """Derive the layout by running the engine's own loader on storage-less tensors of `table`."""
 

@@ -66,18 +66,21 @@ class Control:
 
     def _await(self, number: int, wanted: Iterable[int], phase: str) -> None:
         end = time.monotonic() + self.deadline_s
-        missing, pause = set(wanted), 0.0005
+        missing, pause = list(wanted), 0.0005
         while True:
             aborted = self.store.check([_ABORT])  # read before the keys: a gather that is complete counts
-            missing -= {r for r in missing if self.store.check([f"{number}/{r}"])}
-            if not missing:
+            if self.store.check([f"{number}/{r}" for r in missing]):
                 return
             if aborted:
                 self.raise_if_aborted(phase)
             if time.monotonic() > end:
-                self._give_up(phase, sorted(missing))
+                self._give_up(phase, [r for r in missing if not self.store.check([f"{number}/{r}"])])
             time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+            pause = min(2 * pause, 0.005)
+
+    def decide(self, question: str, answer: str) -> str:
+        """The answer that the first rank gave to `question`; every rank gets the same, whatever it wanted itself."""
+        return bytes(self.store.compare_set(f"decision/{question}", "", answer)).decode()
 
     def abort(self, error: RefitError) -> None:
         """Tell all ranks that this session failed; the first report stays."""

@@ -2,8 +2,8 @@
 
 The digest of a piece is `sum(bits[i, j, ...] * w0[i] * w1[j] * ... ) mod 2**64` over the piece's elements, where `bits`
 are an element's bits as an integer and `w_axis[index]` is a pseudo-random odd number of the *global* index along that
-axis. An odd weight maps every single-bit change to a change of the sum; random weights make swapped, shifted or
-stale pieces equal with a chance of about 2**-63.
+axis. An odd weight maps every single-bit change to a change of the sum. Weights are random, so that swapped, shifted or
+stale pieces agree with a chance of about 2**-63, or 2**-33 where they differ in nothing but sign bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from nemo_rl.refit.region import Region
 
 _CHUNK_ELEMENTS = 1 << 18  # bounds the int64 temporaries, and keeps them inside a core's cache
+_HIGH_HALF = 0x2545F4914F6CDD1D
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,14 +50,33 @@ def digest_view(view: torch.Tensor, region: Region) -> int:
     if region.volume == 0:
         return 0
     bits = view.detach().view(_BITS[view.element_size()])
-    if bits.ndim == 0:
-        return int(bits.to(torch.int64).item())
     weights = [_axis_weights(a, region.offsets[a], region.sizes[a], view.device) for a in range(bits.ndim)]
-    rows = max(1, _CHUNK_ELEMENTS * bits.shape[0] // bits.numel())
-    total = torch.zeros((), dtype=torch.int64, device=view.device)
+    if view.element_size() < 8:
+        return int(_sum(bits, weights).item())
+    # Times an odd weight, the top bit of 64 is the same for every position; halves of 32 bits keep it apart.
+    low, high = _sum(bits, weights, mask=True), _sum(bits, weights, shift=32)
+    return int((low + high * _HIGH_HALF).item())
+
+
+def _sum(bits: torch.Tensor, weights: list[torch.Tensor], *, mask: bool = False, shift: int = 0) -> torch.Tensor:
+    """Weighted sum of `bits` in runs of at most `_CHUNK_ELEMENTS`, whatever the shape."""
+    if bits.ndim == 0:
+        return _half(bits, mask, shift)
+    inner = bits.numel() // bits.shape[0]
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    if inner > _CHUNK_ELEMENTS:
+        for row in range(bits.shape[0]):
+            total += weights[0][row] * _sum(bits[row], weights[1:], mask=mask, shift=shift)
+        return total
+    rows = max(1, _CHUNK_ELEMENTS // inner)
     for start in range(0, bits.shape[0], rows):
-        chunk = bits[start : start + rows].to(torch.int64)
+        chunk = _half(bits[start : start + rows], mask, shift)
         for axis in range(bits.ndim - 1, 0, -1):
             chunk = (chunk * weights[axis]).sum(-1)
         total += (chunk * weights[0][start : start + rows]).sum()
-    return int(total.item())
+    return total
+
+
+def _half(bits: torch.Tensor, mask: bool, shift: int) -> torch.Tensor:
+    wide = bits.to(torch.int64) >> shift if shift else bits.to(torch.int64)
+    return wide & 0xFFFFFFFF if mask else wide

@@ -86,6 +86,7 @@ class DTensorLanding:
     """A rank's side of `dst`: bytes land in the local shards."""
 
     tensors: Mapping[str, DTensor]
+    version: int | None = None
 
     def _holdings(self) -> list[Holding]:
         return DTensorSource(self.tensors).holdings()

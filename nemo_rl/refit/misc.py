@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class RootSink:
         self._end = time.monotonic() + deadline_s
         self._row = {fqn: i for i, fqn in enumerate(plan.misc_fqns)}
         self._open: dict[int, torch.Tensor] = {}
+        self._count = len(plan.misc_buffers)
+        self._next = next((i for i, buffer in enumerate(plan.misc_buffers) if buffer.num_bytes), -1)
         self.staging_bytes = 0
         self.sent_bytes = 0
 
@@ -54,6 +56,8 @@ class RootSink:
         return {self._row[f]: view for f, view in unpack(self._plan, buffer, self._open[unit]).items()}
 
     def close(self, unit: int) -> None:
+        assert unit == self._next, f"buffer {unit} is whole before buffer {self._next}: receivers expect plan order"
+        self._next = next((i for i in range(unit + 1, self._count) if self._plan.misc_buffers[i].num_bytes), -1)
         memory = self._open.pop(unit)
         work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
         work.wait(self._end - time.monotonic())
@@ -69,21 +73,24 @@ class Receiver:
         self.digests: dict[int, int] = {}
         self.staging_bytes = 0
         self.received_bytes = 0
+        self.exhausted = False
 
-    def tensors(self, on_buffer: Callable[[], None] = lambda: None) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All misc tensors in plan order; a tensor's memory is reused after its buffer's last tensor."""
         largest = max((b.num_bytes for b in self._plan.misc_buffers), default=0)
         self.staging_bytes = largest
         for buffer in self._plan.misc_buffers:
             memory = torch.empty(buffer.num_bytes, dtype=torch.uint8)
-            work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
-            work.wait(self._end - time.monotonic())
+            if buffer.num_bytes:  # a buffer of empty tensors does not travel
+                work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
+                work.wait(self._end - time.monotonic())
             self.received_bytes += buffer.num_bytes
-            on_buffer()
             tensors = unpack(self._plan, buffer, memory)
             if self._verify:
                 self._digest(tensors)
             yield from tensors.items()
+            del memory, tensors  # before the next buffer is made
+        self.exhausted = True
 
     def _digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
         copies = self._plan.misc

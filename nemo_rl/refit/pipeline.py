@@ -18,6 +18,9 @@ from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.base import Pending, Transport, as_bytes
 
+IN_PLACE = -1
+"""The landing unit of rows whose bytes land in the storage that kernels read."""
+
 
 class Sink(Protocol):
     """Where bytes land: opens a unit's views, takes the unit back when all its bytes are there."""
@@ -65,7 +68,10 @@ class Tracker:
         self._left = dict(zip(units.tolist(), counts.tolist(), strict=True))
         self._views: dict[int, Mapping[int, torch.Tensor]] = {}
         self.digests: dict[int, int] = {}
-        self.finished: set[int] = set()
+        rows = np.flatnonzero(layout.sizes.prod(axis=1) > 0)
+        misc = [i for i, name in enumerate(layout.names) if name in plan.misc_reasons]
+        used = set(layout.unit[np.union1d(rows, np.flatnonzero(np.isin(layout.tensor, misc)))].tolist())
+        self._empty = sorted(set(layout.unit.tolist()) - used)
 
     def view(self, index: int) -> torch.Tensor:
         """Destination view of copy `index`."""
@@ -88,12 +94,26 @@ class Tracker:
                 self._close(unit)
 
     def _close(self, unit: int) -> None:
+        if unit != IN_PLACE:
+            self._digest(unit)
+            self._views.pop(unit)
+        self._sink.close(unit)
+
+    def pass_empty_units(self) -> None:
+        """Open and close the units that have no bytes on this rank, so that their modules are processed too."""
+        for unit in self._empty:
+            self._sink.open(unit)
+            self._sink.close(unit)
+
+    def digest_in_place(self) -> None:
+        """Read what landed in final storage, once nothing more of this version writes there."""
+        self._digest(IN_PLACE)
+        self._views.clear()
+
+    def _digest(self, unit: int) -> None:
         if self._verify:
             for index in self._mine[self._unit_of == unit].tolist():
                 self.digests[index] = digest_view(self.view(index), self._plan.region(self._copies, index))
-        self._views.pop(unit)
-        self._sink.close(unit)
-        self.finished.add(unit)
 
     @property
     def unfinished(self) -> dict[int, int]:
@@ -160,6 +180,8 @@ class Pipeline:
         for message in copies.messages_of(self.rank):
             if message.src_rank == message.dst_rank:
                 assert tracker is not None
+                while receiving:  # units close in plan order, whoever their bytes come from
+                    self._received(receiving.popleft(), copies, tracker, end)
                 self._copy_locally(copies, message, src_view, tracker)
             elif message.src_rank == self.rank:
                 if len(sending) == self.num_streams:

@@ -30,24 +30,70 @@ def prove(plan: RefitPlan, sources: Mapping[int, Layout], declarations: Mapping[
     """Check the plan against the layouts it was made of, without trusting how it was made.
 
     Every destination row outside misc is tiled exactly by copies; every copy lies inside its source row and its
-    destination row; every misc tensor is tiled at the root; messages carry every copy once, within a bucket and in
-    rounds that are matchings; bytes sent equal bytes received.
+    destination row; every misc tensor is tiled at the root and travels in one buffer; dtypes and shapes agree; messages
+    carry every copy once, within a bucket and in rounds that are matchings; bytes sent equal bytes received.
 
     Raises:
         Refusal: with every violation.
     """
+    problems = _prove_metas(plan, sources, declarations) + _prove_misc(plan, declarations)
+    if problems:
+        raise Refusal(problems)
     index = {n: i for i, n in enumerate(plan.table)}
     ndim = max((len(m.shape) for m in plan.table.values()), default=0)
     item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)
     held = Boxes.of(sources, index, ndim)
-    taken = Boxes.of({r: d.layout for r, d in declarations.items()}, index, ndim, skip=plan.misc_reasons)
+    taken = Boxes.of({r: d.layout for r, d in declarations.items()}, index, ndim, skip=plan.misc_fqns)
     root = Layout.from_regions([(f, Region.whole(plan.table[f].shape)) for f in plan.misc_fqns], plan.table)
     whole = Boxes.of({plan.misc_root: root}, index, ndim)
     problems = _prove_part(plan, plan.bulk, held, taken, item) + _prove_part(plan, plan.misc, held, whole, item)
-    if plan.bulk_bytes != plan.required_bytes:
-        problems.append(f"{plan.bulk_bytes} bulk bytes planned, destinations have {plan.required_bytes}")
+    required = int((taken.sizes.prod(axis=1) * item[taken.tensor]).sum()) if len(taken) else 0
+    if not plan.bulk_bytes == plan.required_bytes == required:
+        problems.append(
+            f"{plan.bulk_bytes} bulk bytes planned, {plan.required_bytes} said, destinations have {required}"
+        )
     if problems:
         raise Refusal(problems)
+
+
+def _prove_metas(plan: RefitPlan, sources: Mapping[int, Layout], declarations: Mapping[int, Declaration]) -> list[str]:
+    layouts = [*sources.items(), *((r, d.layout) for r, d in declarations.items())]
+    return [
+        f"{fqn}: {plan.world.describe(rank)} has {meta}, the plan {plan.table.get(fqn)}"
+        for rank, layout in layouts
+        for fqn, meta in layout.table.items()
+        if plan.table.get(fqn) != meta
+    ]
+
+
+def _prove_misc(plan: RefitPlan, declarations: Mapping[int, Declaration]) -> list[str]:
+    """Misc tensors: all that generators asked for, each in one buffer, apart from the others, whole units only."""
+    fqns = set(plan.misc_fqns)
+    asked = {f for d in declarations.values() for f in d.misc}
+    problems = [f"{f}: a generator needs it whole, but it is not misc" for f in sorted(asked - fqns)]
+    problems += [f"{f}: misc and its reasons do not name the same tensors" for f in fqns ^ set(plan.misc_reasons)]
+    placed = [f for buffer in plan.misc_buffers for f in buffer.fqns]
+    if placed != list(plan.misc_fqns):
+        problems.append(
+            f"buffers hold {len(placed)} tensors in an order that is not that of the {len(fqns)} misc tensors"
+        )
+        return problems
+    for number, buffer in enumerate(plan.misc_buffers):
+        end = 0
+        for fqn, start in zip(buffer.fqns, buffer.offsets, strict=True):
+            if start < end or start % plan.table[fqn].dtype.itemsize:
+                problems.append(
+                    f"{fqn}: at byte {start} of buffer {number}, where another tensor lies or no element starts"
+                )
+            end = start + plan.table[fqn].num_bytes
+        if end != buffer.num_bytes:
+            problems.append(f"buffer {number} has {buffer.num_bytes} bytes, its tensors end at {end}")
+    for rank, declaration in declarations.items():
+        layout = declaration.layout
+        is_misc = np.isin(layout.tensor, [i for i, n in enumerate(layout.names) if n in fqns])
+        mixed = set(layout.unit[is_misc].tolist()) & set(layout.unit[~is_misc].tolist()) - {-1}
+        problems += [f"unit {u} of {plan.world.describe(rank)} is part bulk, part misc" for u in sorted(mixed)]
+    return problems
 
 
 def _prove_part(plan: RefitPlan, copies: CopyTable, held: Boxes, taken: Boxes, item: np.ndarray) -> list[str]:
@@ -62,6 +108,8 @@ def _prove_part(plan: RefitPlan, copies: CopyTable, held: Boxes, taken: Boxes, i
 def _rows_of(boxes: Boxes, rank: np.ndarray, row: np.ndarray) -> np.ndarray:
     """Position in `boxes` of each (rank, row), or -1."""
     if not len(boxes):
+        return np.full(len(rank), -1)
+    if len(row) and int(row.min()) < 0:
         return np.full(len(rank), -1)
     width = int(max(boxes.row.max(), row.max(initial=0))) + 1
     key, wanted = boxes.rank * width + boxes.row, rank * width + row

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import count
-
 import numpy as np
+
+_Table = dict[tuple[int, int], dict[int, int]]  # (side, rank) -> color -> edge
 
 
 def color_edges(src: np.ndarray, dst: np.ndarray) -> np.ndarray:
@@ -20,44 +20,46 @@ def color_edges(src: np.ndarray, dst: np.ndarray) -> np.ndarray:
         The color of each edge, starting at 0.
     """
     colors = np.full(len(src), -1, np.int64)
-    at: dict[tuple[int, int], dict[int, int]] = {}  # (side, rank) -> color -> edge
-
-    def first_free(side: int, rank: int) -> int:
-        used = at.setdefault((side, rank), {})
-        return next(color for color in count() if color not in used)
-
+    degree = max(np.bincount(src).max(initial=0), np.bincount(dst).max(initial=0)) if len(src) else 0
+    ends = [(0, int(r)) for r in np.unique(src)] + [(1, int(r)) for r in np.unique(dst)]
+    at: _Table = {end: {} for end in ends}
+    free: dict[tuple[int, int], set[int]] = {end: set(range(int(degree))) for end in ends}
     for edge in range(len(src)):
-        ends = (int(src[edge]), int(dst[edge]))
-        free = (first_free(0, ends[0]), first_free(1, ends[1]))
-        if free[0] != free[1]:
-            _swap_path(at, colors, src, dst, start=ends[1], keep=free[1], take=free[0])
-        color = free[0]
+        u, v = (0, int(src[edge])), (1, int(dst[edge]))
+        color, other = next(iter(free[u])), next(iter(free[v]))
+        if color not in free[v]:
+            _swap_path(at, free, colors, src, dst, start=v, take=color, keep=other)
         colors[edge] = color
-        at[0, ends[0]][color] = edge
-        at[1, ends[1]][color] = edge
+        for end in (u, v):
+            at[end][color] = edge
+            free[end].remove(color)
     return colors
 
 
 def _swap_path(
-    at: dict[tuple[int, int], dict[int, int]],
+    at: _Table,
+    free: dict[tuple[int, int], set[int]],
     colors: np.ndarray,
     src: np.ndarray,
     dst: np.ndarray,
     *,
-    start: int,
-    keep: int,
+    start: tuple[int, int],
     take: int,
+    keep: int,
 ) -> None:
     """Free color `take` at receiver `start` by exchanging `take` and `keep` along its alternating path."""
-    path, side, rank, color = [], 1, start, take
-    while (edge := at.get((side, rank), {}).get(color)) is not None:
+    path, end, color = [], start, take
+    while (edge := at[end].get(color)) is not None:
         path.append(edge)
-        rank = int(src[edge]) if side == 1 else int(dst[edge])
-        side, color = 1 - side, take + keep - color
+        end = (0, int(src[edge])) if end[0] == 1 else (1, int(dst[edge]))
+        color = take + keep - color
     for edge in path:
-        del at[0, int(src[edge])][int(colors[edge])]
-        del at[1, int(dst[edge])][int(colors[edge])]
+        for end in ((0, int(src[edge])), (1, int(dst[edge]))):
+            old = int(colors[edge])
+            del at[end][old]
+            free[end].add(old)
     for edge in path:
         colors[edge] = take + keep - int(colors[edge])
-        at.setdefault((0, int(src[edge])), {})[int(colors[edge])] = edge
-        at.setdefault((1, int(dst[edge])), {})[int(colors[edge])] = edge
+        for end in ((0, int(src[edge])), (1, int(dst[edge]))):
+            at[end][int(colors[edge])] = edge
+            free[end].discard(int(colors[edge]))

@@ -28,7 +28,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.base import Transport
 from nemo_rl.refit.transports.gloo import GlooTransport
 from nemo_rl.refit.transports.golden import run_golden
-from nemo_rl.refit.verify import differences, source_digests
+from nemo_rl.refit.verify import Replicas, differences, replica_differences, source_digests
 from nemo_rl.refit.wire import pack_declaration, pack_source, unpack_declaration, unpack_source
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class _Agreed:
     plan: RefitPlan
     sources: Mapping[int, Layout]
     declarations: Mapping[int, Declaration]
+    replicas: Replicas
     pipeline: Pipeline
 
 
@@ -98,6 +99,7 @@ class RefitSession:
         self._version: int | None = None
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
         self._data_s = 0.9 * options.deadline_s
+        self._touched = False
         self._phase = "connect"
         self._phase_s: dict[str, float] = {}
         self._link_or_none: _Link | None = None
@@ -134,7 +136,7 @@ class RefitSession:
         with self._guarded("agree"):
             self._agree(self._statement(plan))
             pipeline = Pipeline(plan, self.rank, self._link.moves, self.options.num_streams)
-            self._agreed_or_none = _Agreed(plan, sources, declarations, pipeline)
+            self._agreed_or_none = _Agreed(plan, sources, declarations, Replicas.of(plan, sources), pipeline)
         return plan
 
     def _declare_sources(self) -> tuple[TensorTable, dict[int, Layout], dict[str, str]]:
@@ -232,21 +234,17 @@ class RefitSession:
         started, memory = time.monotonic(), PeakRss()
         self._phase_s = {}
         with self._guarded("agree"):
-            if self._version is not None and version <= self._version:
-                raise AgreementError(
-                    f"version {version} was asked for after version {self._version} was committed",
-                    rank=self.rank,
-                    phase="agree",
-                    remedy="refit with a version above the committed one",
-                )
+            self._check_version(version)
             self._agree({"plan digest": self._agreed.plan.digest, "version": version})
-        if self._landing is not None:
-            with self._guarded("begin"):
-                self._landing.begin(version)
+        with self._guarded("begin"):
+            self._begin(version)
         with self._guarded("transfer"):
-            bulk, bulk_digests = self._move_bulk()
+            bulk, tracker = self._move_bulk()
         with self._guarded("misc"):
             packed, misc_digests = self._move_misc()
+            if tracker is not None:
+                tracker.digest_in_place()
+        bulk_digests = {} if tracker is None else tracker.digests
         with self._guarded("verify"):
             self._verify(bulk_digests, misc_digests)
         with self._guarded("commit"):
@@ -277,11 +275,39 @@ class RefitSession:
             "the session was closed", rank=self.rank, phase="close", remedy="make a new session"
         )
 
+    def _check_version(self, version: int) -> None:
+        served = None if self._landing is None else self._landing.version
+        newest = max((v for v in (self._version, served) if v is not None), default=None)
+        if newest is not None and version <= newest:
+            raise AgreementError(
+                f"version {version} was asked for after version {newest} was committed",
+                rank=self.rank,
+                phase="agree",
+                remedy="refit with a version above the committed one",
+            )
+
+    def _begin(self, version: int) -> None:
+        """Look at the source's storage again, close the engine, and wait until all ranks have."""
+        if self._source is not None:
+            fresh = list(self._source.holdings())
+            if [(h.fqn, h.region) for h in fresh] != [(h.fqn, h.region) for h in self._holdings]:
+                raise AgreementError(
+                    "the source holds other regions than it declared",
+                    rank=self.rank,
+                    phase="begin",
+                    remedy="remake the session after the model or its layout changed",
+                )
+            self._holdings = fresh
+        if self._landing is not None:
+            self._touched = True
+            self._landing.begin(version)
+        self._link.control.gather("begin", b"")
+
     def _src_view(self, row: int, region: Region) -> torch.Tensor:
         holding = self._holdings[row]
         return holding.view[region.slices_in(holding.region)]
 
-    def _move_bulk(self) -> tuple[Traffic, dict[int, int]]:
+    def _move_bulk(self) -> tuple[Traffic, Tracker | None]:
         agreed, tracker = self._agreed, None
         if self._landing is not None:
             layout = agreed.declarations[self.rank].layout
@@ -299,7 +325,9 @@ class RefitSession:
                 phase="transfer",
                 remedy="report this: the plan was proven complete",
             )
-        return traffic, {} if tracker is None else tracker.digests
+        if tracker is not None:
+            tracker.pass_empty_units()
+        return traffic, tracker
 
     def _move_misc(self) -> tuple[Traffic, dict[int, int]]:
         agreed, transport, deadline = self._agreed, self._link.moves, self._data_s
@@ -308,6 +336,13 @@ class RefitSession:
         if self._landing is not None:
             receiver = misc.Receiver(agreed.plan, transport, deadline, self.options.verify)
             self._landing.load_misc(receiver.tensors())
+            if not receiver.exhausted:
+                raise TransferError(
+                    "the engine's loader stopped before the last whole tensor",
+                    rank=self.rank,
+                    phase="misc",
+                    remedy="see the engine's log for what its load_weights did",
+                )
             return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.digests
         if self.rank != agreed.plan.misc_root:
             return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), {}
@@ -324,12 +359,15 @@ class RefitSession:
         if not self.options.verify:
             return
         plan = self._agreed.plan
-        mine = b"" if self._source is None else source_digests(plan, self.rank, self._src_view).tobytes()
+        mine = b""
+        if self._source is not None:
+            mine = source_digests(plan, self.rank, self._holdings, self._agreed.replicas).tobytes()
         said = self._link.control.gather("verify", mine, self.world.trainers)
         if self._landing is None:
             return
         held = {r: np.frombuffer(b, np.int64) for r, b in said.items()}
-        wrong = differences(plan, self.rank, held, bulk, packed)
+        wrong = replica_differences(plan, held, self._agreed.sources, self._agreed.replicas)
+        wrong += differences(plan, self.rank, held, bulk, packed)
         if wrong:
             shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise VerificationError(
@@ -340,13 +378,27 @@ class RefitSession:
             )
 
     def _commit(self, version: int) -> None:
-        """Finish on every rank, then commit on every rank."""
+        """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""
         if self._landing is not None:
             self._landing.finish()
-        self._link.control.gather("commit", str(version).encode())
+        control, failure = self._link.control, None
+        try:
+            control.gather("commit", str(version).encode())
+        except RefitError as error:
+            failure = error
+        # A rank that gave up may be a moment late or early: the first answer binds all.
+        decision = control.decide(f"commit {version}", "yes" if failure is None else f"no: {failure.detail}")
+        if decision != "yes":
+            raise failure or TransferError(
+                f"another rank decided against the commit ({decision})",
+                rank=self.rank,
+                phase="commit",
+                remedy="see that rank's error; remake the session",
+            )
         if self._landing is not None:
             self._landing.commit(version)
-        self._version = version
+        control.gather("committed", str(version).encode())
+        self._version, self._touched = version, False
 
     # ---- helpers
 
@@ -386,6 +438,9 @@ class RefitSession:
         except RefitError as error:
             self._fail(error)
             raise
+        except (KeyboardInterrupt, SystemExit):
+            self._fail(RefitError("interrupted", rank=self.rank, phase=phase, remedy="remake the session"))
+            raise
         except Exception as error:
             remedy = "see the cause above; remake the session"
             wrapped = _PHASE_ERROR.get(phase, RefitError)(
@@ -396,12 +451,15 @@ class RefitSession:
         self._phase_s[phase] = self._phase_s.get(phase, 0.0) + time.monotonic() - started
 
     def _fail(self, error: RefitError) -> None:
-        self._failure = error
+        # A copy: the error's frames hold messages in flight, which keep connections open.
+        self._failure = type(error)(error.detail, rank=error.rank, phase=error.phase, remedy=error.remedy)
         log.error("%s", error)
+        if self._landing is not None and self._touched:
+            self._landing.reject(str(error))
         if self._link_or_none is not None:
             self._link_or_none.control.abort(error)
-        if self._landing is not None:
-            self._landing.reject(str(error))
+            if self._link_or_none.transport is not None:
+                self._link_or_none.transport.close()
 
 
 _PHASE_ERROR: Mapping[str, type[RefitError]] = {

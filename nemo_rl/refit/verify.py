@@ -1,35 +1,86 @@
-"""Which pieces of a refit arrived as the trainers hold them: digests of both ends, compared copy by copy."""
+"""Which pieces of a refit arrived as the trainers hold them: digests of both ends, compared copy by copy.
+
+Trainer replicas are compared with each other too: where they differ, no generator can be right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from nemo_rl.refit.boxes import Boxes
 from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
 
 
-def source_digests(plan: RefitPlan, rank: int, view: Callable[[int, Region], torch.Tensor]) -> np.ndarray:
-    """Digest of every copy that `rank` sends: bulk in table order, then misc. Equal pieces are read once.
+@dataclass(frozen=True, eq=False)
+class Replicas:
+    """Source rows whose box several trainers hold, ordered by rank and row; rows of one `group` are equal."""
 
-    Args:
-        view: (source row, region) -> view of exactly that region in this rank's storage.
+    rank: np.ndarray
+    row: np.ndarray
+    group: np.ndarray
+
+    @classmethod
+    def of(cls, plan: RefitPlan, sources: Mapping[int, Layout]) -> Replicas:
+        """Boxes that are equal; boxes that merely overlap are not compared."""
+        index = {name: i for i, name in enumerate(plan.table)}
+        ndim = max((len(m.shape) for m in plan.table.values()), default=0)
+        held = Boxes.of(sources, index, ndim)
+        key = np.column_stack([held.tensor, held.offsets, held.sizes])
+        _, group, count = np.unique(key, axis=0, return_inverse=True, return_counts=True)
+        group = group.reshape(-1)
+        rows = np.flatnonzero(count[group] > 1)
+        rows = rows[np.lexsort((held.row[rows], held.rank[rows]))]
+        return cls(held.rank[rows], held.row[rows], group[rows])
+
+
+def source_digests(plan: RefitPlan, rank: int, holdings: Sequence[Holding], replicas: Replicas) -> np.ndarray:
+    """Digest of every copy that `rank` sends (bulk in table order, then misc) and of every row that it shares.
 
     Returns:
-        int64, one a copy.
+        int64, one a copy, then one a row of `replicas`; equal pieces are read once.
     """
     seen: dict[tuple[int, Region], int] = {}
-    found = []
-    for copies in (plan.bulk, plan.misc):
-        for index in np.flatnonzero(copies.src_rank == rank).tolist():
-            key = (int(copies.src_row[index]), plan.region(copies, index))
-            if key not in seen:
-                seen[key] = digest_view(view(*key), key[1])
-            found.append(seen[key])
+
+    def digest(row: int, region: Region) -> int:
+        if (row, region) not in seen:
+            holding = holdings[row]
+            seen[row, region] = digest_view(holding.view[region.slices_in(holding.region)], region)
+        return seen[row, region]
+
+    found = [
+        digest(int(copies.src_row[index]), plan.region(copies, index))
+        for copies in (plan.bulk, plan.misc)
+        for index in np.flatnonzero(copies.src_rank == rank).tolist()
+    ]
+    found += [digest(row, holdings[row].region) for row in replicas.row[replicas.rank == rank].tolist()]
     return np.array(found, np.int64)
+
+
+def replica_differences(
+    plan: RefitPlan, held: Mapping[int, np.ndarray], sources: Mapping[int, Layout], replicas: Replicas
+) -> list[str]:
+    """Boxes that trainers hold with different bytes, each with the parameter, region and ranks."""
+    shared = np.zeros(len(replicas.rank), np.int64)
+    for rank, digests in held.items():
+        mine = np.flatnonzero(replicas.rank == rank)
+        shared[mine] = digests[len(digests) - len(mine) :]
+    first: dict[int, int] = {}
+    wrong = []
+    for i, group in enumerate(replicas.group.tolist()):
+        one = first.setdefault(group, i)
+        if shared[i] != shared[one]:
+            layout, row = sources[int(replicas.rank[i])], int(replicas.row[i])
+            wrong.append(
+                f"{layout.fqn(row)} {layout.region(row)}: {plan.world.describe(int(replicas.rank[one]))} holds digest "
+                f"{shared[one]}, its replica {plan.world.describe(int(replicas.rank[i]))} {shared[i]}"
+            )
+    return wrong
 
 
 def differences(

@@ -34,9 +34,12 @@ class Transport(Protocol):
         """Start a broadcast of `buffer` from `root` among `ranks`; each of them calls it in the same order."""
 
     def close(self) -> None:
-        """Give up connections; idempotent."""
+        """Give up connections, which makes waits of peers on this rank fail; idempotent."""
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as a flat uint8 tensor, without a copy."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() == 1:  # counts as contiguous with any stride, which a change of dtype does not accept
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)

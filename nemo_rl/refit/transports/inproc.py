@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +13,10 @@ import torch
 class Hub:
     """Mailboxes shared by the ranks of one simulated world, by (source, destination, tag)."""
 
-    boxes: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = field(
-        default_factory=lambda: defaultdict(queue.Queue)
-    )
+    boxes: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = field(default_factory=dict)
+
+    def box(self, src: int, dst: int, tag: int) -> queue.Queue[torch.Tensor]:
+        return self.boxes.setdefault((src, dst, tag), queue.Queue())  # atomic: threads race for new boxes
 
 
 class _Sent:
@@ -48,11 +48,11 @@ class InprocTransport:
         self._hub, self._rank = hub, rank
 
     def send(self, buffer: torch.Tensor, dst: int, tag: int) -> _Sent:
-        self._hub.boxes[self._rank, dst, tag].put(buffer.clone())
+        self._hub.box(self._rank, dst, tag).put(buffer.clone())
         return _Sent()
 
     def recv(self, buffer: torch.Tensor, src: int, tag: int) -> _Received:
-        return _Received(self._hub.boxes[src, self._rank, tag], buffer)
+        return _Received(self._hub.box(src, self._rank, tag), buffer)
 
     def broadcast(self, buffer: torch.Tensor, root: int, ranks: Sequence[int]) -> _Sent | _Received:
         if self._rank != root:

@@ -60,6 +60,24 @@ def test_swaps_and_shifts_show():
     assert whole(swapped) != whole(t)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_flipped_signs_show(dtype):
+    t = torch.randn(6, 10, dtype=dtype)
+    row = t.clone()
+    row[2] *= -1
+    assert whole(-t) != whole(t) and whole(row) != whole(t)
+
+
+@pytest.mark.parametrize("shape", [(1, 600_000), (1, 3, 300_000), (2, 1, 1, 300_001)])
+def test_thin_tensors_add_up_too(shape):
+    t = torch.randn(shape)
+    left, right = t[..., :1000], t[..., 1000:]
+    zeros = (0,) * (len(shape) - 1)
+    total = digest_view(left, Region((*zeros, 0), tuple(left.shape)))
+    total += digest_view(right, Region((*zeros, 1000), tuple(right.shape)))
+    assert (total - whole(t)) % 2**64 == 0
+
+
 def test_empty_and_scalar():
     assert whole(torch.zeros(0, 3)) == 0
     assert whole(torch.tensor(1.5)) == torch.tensor(1.5).view(torch.int32).item()

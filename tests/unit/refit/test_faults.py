@@ -1,0 +1,265 @@
+"""Planted faults of order, time and storage: each must end as a named error on all ranks, with no version committed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.errors import AgreementError, RefitError, TransferError, VerificationError
+from nemo_rl.refit.layout import Holding, Layout
+from nemo_rl.refit.plan import MiscBuffer
+from nemo_rl.refit.planner import plan_refit
+from nemo_rl.refit.proof import Refusal, prove
+from nemo_rl.refit.region import Region
+
+from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
+
+WHOLE = Region.whole
+FAST = RefitOptions(deadline_s=2)
+
+
+def model(table, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_bytes(meta.shape, meta.dtype, generator) for name, meta in table.items()}
+
+
+def experts(count=6):
+    return make_table({f"experts.{e}.w": ((8, 32), torch.float32) for e in range(count)})
+
+
+def rows_of(table, names=None):
+    return [(f, WHOLE(m.shape)) for f, m in table.items() if names is None or f in names]
+
+
+def pair(landing, other=None, options=FAST, table=None):
+    """Two trainers that split the tensors, two generators that take all."""
+    table = table or experts()
+    full, names = model(table), list(table)
+    half = len(names) // 2
+    sources = [PlainSource.of(full, table, rows_of(table, part)) for part in (names[:half], names[half:])]
+    landings = [landing(rows_of(table)), (other or PlainLanding)(rows_of(table))]
+    sim = SimulatedWorld(sources, landings, options)
+    raise_any(sim.start())
+    return sim, sources, landings, full
+
+
+def nobody_committed(results, landings):
+    assert all(isinstance(r, RefitError) for r in results.values()), results
+    assert all(landing.rejected for landing in landings)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("bucket", [1024, 1500, 4096])
+def test_whole_tensors_arrive_under_their_own_names_whoever_holds_them(bucket, verify):
+    options = RefitOptions(transport="broadcast", bucket_bytes=bucket, deadline_s=20, verify=verify)
+    table = make_table({f"experts.{e}.w": ((8, 32 + 4 * (e % 3)), torch.float32) for e in range(9)})
+    sim, _, landings, full = pair(PlainLanding, options=options, table=table)
+    raise_any(reports := sim.refit(1))
+    for landing in landings:
+        assert all(same_bytes(landing.whole[f], full[f]) for f in table)
+    assert all(r.verified is verify for r in reports.values())
+
+
+def test_a_slow_rank_cannot_commit_alone():
+    class Slow(PlainLanding):
+        def finish(self):
+            time.sleep(4)
+
+    sim, _, landings, _ = pair(PlainLanding, Slow)
+    nobody_committed(sim.refit(1), landings)
+    assert all(landing.version == -1 for landing in landings)
+
+
+def test_a_commit_that_fails_on_one_rank_fails_on_all():
+    class Broken(PlainLanding):
+        def commit(self, version):
+            raise RuntimeError("the prefix cache does not reset")
+
+    sim, _, landings, _ = pair(PlainLanding, Broken)
+    results = sim.refit(1)
+    nobody_committed(results, landings)
+    assert any("prefix cache" in str(r) for r in results.values())
+
+
+@pytest.mark.parametrize("hook", ["begin", "open", "close", "finish"])
+def test_a_hook_that_fails_rejects_everywhere_and_soon(hook):
+    def fail(self, *args):
+        raise RuntimeError(f"planted in {hook}")
+
+    sim, _, landings, _ = pair(PlainLanding, type("Broken", (PlainLanding,), {hook: fail}), RefitOptions(deadline_s=20))
+    started = time.monotonic()
+    results = sim.refit(1)
+    assert all(isinstance(r, RefitError) for r in results.values())
+    assert any(f"planted in {hook}" in str(r) for r in results.values())
+    assert all(landing.version == -1 for landing in landings) and time.monotonic() - started < 15
+
+
+def test_trainer_replicas_that_differ_are_caught():
+    table = make_table({"norm.w": ((16,), torch.float32), "w": ((4, 4), torch.bfloat16)})
+    full = model(table)
+    sources = [PlainSource.of(full, table, rows_of(table)) for _ in range(2)]
+    landings = [PlainLanding(rows_of(table)) for _ in range(2)]
+    sim = SimulatedWorld(sources, landings, FAST)
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    sources[1].held[0].view.view(torch.int32)[3] ^= 1
+    results = sim.refit(2)
+    nobody_committed(results, landings)
+    assert any("norm.w" in str(r) and "replica" in str(r) and "trainer 1" in str(r) for r in results.values())
+
+
+def test_storage_that_moved_is_read_where_it_is():
+    sim, sources, landings, _ = pair(PlainLanding)
+    raise_any(sim.refit(1))
+    newer = model(sources[0].whole, 9)
+    for source in sources:
+        source.held = [Holding(h.fqn, h.region, newer[h.fqn].clone()) for h in source.held]
+    raise_any(sim.refit(2))
+    assert all(same_bytes(t, newer[f]) for f, t in zip(newer, landings[0].storage, strict=True))
+    sources[0].held = sources[0].held[:-1]
+    assert any(isinstance(r, AgreementError) and "other regions" in str(r) for r in sim.refit(3).values())
+
+
+def test_a_loader_that_writes_over_what_landed_is_caught():
+    class Careless(PlainLanding):
+        def load_misc(self, tensors):
+            super().load_misc(tensors)
+            self.storage[1].zero_()
+
+    table = experts(4)
+    full = model(table)
+    landing = Careless(rows_of(table), misc={"experts.0.w": "computed"})
+    sim = SimulatedWorld([PlainSource.of(full, table, rows_of(table))], [landing], FAST)
+    raise_any(sim.start())
+    results = sim.refit(1)
+    assert isinstance(results[1], VerificationError) and "experts.1.w" in str(results[1])
+
+
+def test_whole_tensors_damaged_on_the_way_are_caught():
+    class Bent(PlainLanding):
+        def load_misc(self, tensors):
+            super().load_misc(tensors)
+
+    table = experts(2)
+    full = model(table)
+    landing = Bent(rows_of(table), misc=dict.fromkeys(table, "computed"))
+    sim = SimulatedWorld([PlainSource.of(full, table, rows_of(table))], [landing], FAST)
+    raise_any(sim.start())
+    inner = sim.sessions[1]._link.moves
+    whole = inner.broadcast
+
+    def broadcast(buffer, root, ranks):
+        pending = whole(buffer, root, ranks)
+
+        class Flipped:
+            def wait(self, deadline_s):
+                pending.wait(deadline_s)
+                buffer[5] ^= 4
+
+        return Flipped()
+
+    inner.broadcast = broadcast
+    results = sim.refit(1)
+    assert isinstance(results[1], VerificationError) and "experts.0.w" in str(results[1])
+
+
+def test_a_loader_that_stops_early_is_caught_even_without_digests():
+    class Lazy(PlainLanding):
+        def load_misc(self, tensors):
+            next(iter(tensors))
+
+    table = experts(4)
+    options = RefitOptions(transport="broadcast", deadline_s=2, verify=False, bucket_bytes=1024)
+    landing = Lazy(rows_of(table))
+    sim = SimulatedWorld([PlainSource.of(model(table), table, rows_of(table))], [landing], options)
+    raise_any(sim.start())
+    results = sim.refit(1)
+    assert isinstance(results[1], TransferError) and landing.version == -1
+
+
+def test_a_new_session_does_not_go_back_in_versions():
+    sim, sources, landings, _ = pair(PlainLanding)
+    raise_any(sim.refit(7))
+    again = SimulatedWorld(sources, landings, FAST)
+    keep = [(landing.version, landing.storage) for landing in landings]
+    raise_any(again.all(lambda s: s.connect()))
+    for landing, (version, storage) in zip(landings, keep, strict=True):
+        landing.declare = lambda table, lan=landing: Declaration(Layout.from_regions(lan.rows, table, lan.unit))
+        landing.version, landing.storage = version, storage
+    raise_any(again.all(lambda s: s.plan()))
+    results = again.refit(3)
+    assert all(isinstance(r, RefitError) for r in results.values())
+    assert any("version 3 was asked for after version 7" in str(r) for r in results.values())
+    assert all(landing.version == 7 and not landing.rejected for landing in landings), "they serve on"
+
+
+def test_empty_tensors_scalars_and_strided_single_elements():
+    table = make_table(
+        {
+            "a.empty": ((0, 4), torch.float32),
+            "b.one": ((1,), torch.float32),
+            "c": ((), torch.float64),
+            "d": ((3,), torch.uint8),
+        }
+    )
+    full = model(table)
+    source = PlainSource.of(full, table, rows_of(table))
+    source.held = [
+        replace(h, view=torch.randn(2)[::2].copy_(full["b.one"])) if h.fqn == "b.one" else h for h in source.held
+    ]
+    for transport in ("auto", "broadcast", "golden"):
+        landing = PlainLanding(rows_of(table), [4, -1, -1, 2])
+        options = RefitOptions(transport=transport, deadline_s=5, bucket_bytes=1024)
+        sim = SimulatedWorld([source], [landing], options)
+        raise_any(sim.start())
+        raise_any(sim.refit(1))
+        got = landing.whole if transport == "broadcast" else dict(zip(table, landing.storage, strict=True))
+        assert all(same_bytes(got[f], full[f]) for f in table), transport
+
+
+def test_a_unit_without_bytes_on_a_rank_is_still_processed():
+    class Counting(PlainLanding):
+        closed: list = []
+
+        def close(self, unit):
+            self.closed.append(unit)
+            super().close(unit)
+
+    table = make_table({"a": ((4,), torch.float32), "b": ((4,), torch.float32)})
+    landing = Counting([("a", WHOLE((4,))), ("b", Region((4,), (0,)))], [0, 1])
+    sim = SimulatedWorld([PlainSource.of(model(table), table, rows_of(table))], [landing], FAST)
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    assert sorted(landing.closed) == [0, 1]
+
+
+@pytest.mark.parametrize("fault", ["overlap", "short", "lost", "unasked", "half unit", "reason only", "row", "dtype"])
+def test_the_proof_catches_damage_around_whole_tensors(fault):
+    table = make_table({f"t{i}": ((8,), torch.float32) for i in range(4)})
+    layout = Layout.from_regions(rows_of(table), table, [5, 5, -1, -1])
+    declared = {1: Declaration(layout, {"t0": "cast", "t1": "cast"})}
+    sources = {0: Layout.from_regions(rows_of(table), table)}
+    plan = plan_refit(World.of(1, 1), sources, declared, table)
+    buffer = plan.misc_buffers[0]
+    damaged = {
+        "overlap": lambda: replace(plan, misc_buffers=(MiscBuffer(buffer.fqns, (0, 16), 48),)),
+        "short": lambda: replace(plan, misc_buffers=(replace(buffer, num_bytes=40),)),
+        "lost": lambda: replace(plan, misc_buffers=(MiscBuffer(("t0",), (0,), 32),)),
+        "reason only": lambda: replace(plan, misc_reasons={**plan.misc_reasons, "t2": "none"}),
+        "row": lambda: replace(plan, bulk=replace(plan.bulk, src_row=plan.bulk.src_row * 0 - 1)),
+    }
+    if fault in damaged:
+        plan = damaged[fault]()
+    if fault == "unasked":
+        declared = {1: Declaration(layout, {**declared[1].misc, "t2": "cast"})}
+    if fault == "half unit":
+        declared = {1: Declaration(Layout.from_regions(rows_of(table), table, [5, 5, 5, -1]), declared[1].misc)}
+    if fault == "dtype":
+        other = make_table({f"t{i}": ((8,), torch.int32) for i in range(4)})
+        sources = {0: Layout.from_regions(rows_of(other), other)}
+    with pytest.raises(Refusal):
+        prove(plan, sources, declared)
