@@ -64,7 +64,7 @@ class Row:
 
 def main() -> int:
     options = _parser().parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, 132))
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         size = _make_model(options, Path(folder))

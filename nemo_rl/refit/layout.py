@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +12,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.region import Region
+
+_COLUMNS = ("tensor", "offsets", "sizes", "unit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,31 +146,39 @@ class Layout:
 
     def to_bytes(self) -> bytes:
         """Wire form; equal layouts have equal bytes."""
-        head = json.dumps([[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in self.table.items()])
-        out = io.BytesIO()
-        np.savez(
-            out,
-            head=np.frombuffer(head.encode(), np.uint8),
-            tensor=self.tensor,
-            offsets=self.offsets,
-            sizes=self.sizes,
-            unit=self.unit,
-        )
-        return out.getvalue()
+        head = [[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in self.table.items()]
+        return pack(head, {name: getattr(self, name) for name in _COLUMNS})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Layout:
-        """Inverse of `to_bytes`. Raises ValueError where the bytes are truncated or rows do not fit the tensors."""
+        """Inverse of `to_bytes`. Raises ValueError where the bytes are damaged or rows do not fit the tensors."""
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as z:
-                head = json.loads(z["head"].tobytes())
-                arrays = [z[k] for k in ("tensor", "offsets", "sizes", "unit")]
-        except Exception as error:
-            raise ValueError(f"layout refused: {len(data)} bytes do not decode ({error})") from error
-        table = {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head}
-        layout = cls(tuple(table), tuple(table.values()), *arrays)
-        rows = [(layout.fqn(i), layout.region(i)) for i in range(len(layout))]
-        return cls.from_regions(rows, table, layout.unit.tolist()) if rows else layout
+            head, arrays = unpack(data)
+            table = {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head}
+            layout = cls(tuple(table), tuple(table.values()), *(arrays[name] for name in _COLUMNS))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"layout refused: {error}") from error
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
+        """Raises ValueError where columns differ in length or a row leaves its tensor."""
+        count, ndim = len(self.tensor), max((len(m.shape) for m in self.metas), default=0)
+        shapes = [column.shape for column in (self.offsets, self.sizes, self.unit)]
+        if shapes != [(count, ndim), (count, ndim), (count,)] or (
+            count and not 0 <= int(self.tensor.min()) <= int(self.tensor.max()) < len(self.names)
+        ):
+            raise ValueError(
+                f"layout refused: columns {shapes} do not go with {count} rows of {len(self.names)} tensors"
+            )
+        limit = np.ones((len(self.metas), ndim), np.int64)
+        for i, meta in enumerate(self.metas):
+            limit[i, : len(meta.shape)] = meta.shape
+        ends = self.offsets + self.sizes
+        bad = np.flatnonzero(((self.offsets < 0) | (self.sizes < 0) | (ends > limit[self.tensor])).any(axis=1))
+        if len(bad):
+            rows = [f"{self.fqn(i)} {self.offsets[i].tolist()} + {self.sizes[i].tolist()}" for i in bad[:8].tolist()]
+            raise ValueError(f"layout refused: {len(bad)} rows leave their tensors: {'; '.join(rows)}")
 
     @cached_property
     def digest(self) -> str:

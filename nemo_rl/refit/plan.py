@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from nemo_rl.refit.base import World
 from nemo_rl.refit.layout import TensorMeta, TensorTable
+from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.region import Region
 
 
@@ -159,24 +159,19 @@ class RefitPlan:
             "numbers": [self.required_bytes, self.bucket_bytes],
         }
         arrays = {f"{part}.{k}": v for part in ("bulk", "misc") for k, v in getattr(self, part).arrays().items()}
-        out = io.BytesIO()
-        np.savez(out, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
-        return out.getvalue()
+        return pack(head, arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RefitPlan:
         """Inverse of `to_bytes`. Raises ValueError where the bytes are truncated."""
-        import torch
-
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as z:
-                head = json.loads(z["head"].tobytes())
-                bulk, misc = (
-                    CopyTable(**{k: z[f"{part}.{k}"] for k in CopyTable.__dataclass_fields__})
-                    for part in ("bulk", "misc")
-                )
-        except Exception as error:
-            raise ValueError(f"plan refused: {len(data)} bytes do not decode ({error})") from error
+            head, arrays = unpack(data)
+            bulk, misc = (
+                CopyTable(**{k: arrays[f"{part}.{k}"] for k in CopyTable.__dataclass_fields__})
+                for part in ("bulk", "misc")
+            )
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"plan refused: {error}") from error
         required, bucket = head["numbers"]
         return cls(
             World(*(tuple(ranks) for ranks in head["world"])),

@@ -177,3 +177,17 @@ def test_large_pieces_are_cut_to_the_bucket():
         World.of(1, 1), {0: Layout.from_regions(row, table)}, {1: declare(row, table)}, table, bucket_bytes=4096
     )
     assert plan.bulk.messages[:, 5].max() <= 4096 and plan.bulk_bytes == 60000
+
+
+def test_damaged_bytes_are_refused():
+    plan = random_case(3)[-1]
+    data = plan.to_bytes()
+    for bad in (data[:-1], data[: len(data) // 2], data + b"x", b"", b"12345678"):
+        with pytest.raises(ValueError, match="refused"):
+            RefitPlan.from_bytes(bad)
+    table = make_table({"a": ((4,), torch.float32)})
+    layout = Layout.from_regions([("a", WHOLE((4,)))], table)
+    assert Layout.from_bytes(layout.to_bytes()).digest == layout.digest
+    for bad in (layout.to_bytes()[:-3], replace(layout, sizes=layout.sizes + 1).to_bytes()):
+        with pytest.raises(ValueError, match="layout refused"):
+            Layout.from_bytes(bad)
