@@ -153,7 +153,10 @@ def _run(options: argparse.Namespace, config: Config, folder: Path, case: str, c
     if problems:
         sys.exit("\n".join(problems))
     rows = []
-    with Cluster(config.cluster, topology, "cpu") as cluster, Actors(config, folder, topology, "cpu", cluster) as actors:
+    with (
+        Cluster(config.cluster, topology, "cpu") as cluster,
+        Actors(config, folder, topology, "cpu", cluster) as actors,
+    ):
         version = 1
         for variant in (v.strip() for v in options.variants.split(",")):
             refits = RefitOptions(
@@ -208,7 +211,7 @@ def _show(console: Console, case: str, rows: Sequence[Row]) -> None:
     base = {r.variant.removeprefix("broadcast"): r.seconds_median for r in rows if r.variant.startswith("broadcast")}
     for r in rows:
         suffix = " no verify" if "no verify" in r.variant else ""
-        extra = "/".join("?" if b is None else f"{b / 1e6:.1f}" for b in (r.trainer_extra_bytes, r.generator_extra_bytes))
+        extra = f"{_megabytes(r.trainer_extra_bytes)}/{_megabytes(r.generator_extra_bytes)}"
         table.add_row(
             r.variant,
             f"{r.seconds_median * 1e3:.0f} [{r.seconds_min * 1e3:.0f}, {r.seconds_max * 1e3:.0f}]",
@@ -221,6 +224,10 @@ def _show(console: Console, case: str, rows: Sequence[Row]) -> None:
             f"{base[suffix] / r.seconds_median:.2f}" if suffix in base else "-",
         )
     console.print(table)
+
+
+def _megabytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 1e6:.1f}"
 
 
 if __name__ == "__main__":
