@@ -65,7 +65,7 @@ class RefitSession:
     """One rank's end of the service. Every rank makes one and calls the same methods in the same order.
 
     Args:
-        rank: in `world`; trainers come first.
+        rank: in `world`.
         world: the ranks.
         store: (host, port) of a TCPStore that the driver hosts for this session alone, or a store in hand.
         options: equal on all ranks (checked).
@@ -144,6 +144,7 @@ class RefitSession:
         if self._source is not None:
             table = self._source.table()
             self._holdings = list(self._source.holdings())
+            self._check_devices()
             layout = Layout.from_holdings(self._holdings, table)
             payload = pack_source(table, layout, self._source.unused())
         said = {r: unpack_source(b) for r, b in self._exchange("declare", payload).items() if r in self.world.trainers}
@@ -161,6 +162,16 @@ class RefitSession:
         unused = {name: reason for _, _, given in said.values() for name, reason in given.items()}
         ordered = {name: table[name] for name in natural_order(table)}
         return ordered, {r: layout for r, (_, layout, _) in said.items()}, unused
+
+    def _check_devices(self) -> None:
+        away = next((h for h in self._holdings if h.view.device.type != "cpu"), None)
+        if away is not None:
+            raise PlanError(
+                f"{away.fqn} is on {away.view.device}, and transport '{self._mode()}' moves CPU tensors",
+                rank=self.rank,
+                phase="declare",
+                remedy="run trainers on the CPU; direct transports between GPUs are not part of this version",
+            )
 
     def _declare_landings(self, table: TensorTable) -> dict[int, Declaration]:
         payload = b"" if self._landing is None else pack_declaration(self._landing.declare(table))
@@ -223,8 +234,8 @@ class RefitSession:
     def refit(self, version: int) -> RefitReport:
         """Move the trainers' weights into the generators and commit them as `version`.
 
-        Versions only grow. On success every generator serves `version`; on any error none was committed, the generator
-        refuses to serve, and the session is poisoned.
+        Versions only grow. On success every generator serves `version`. On any error the session is poisoned, and no
+        generator serves `version`: one that was not touched yet serves on, a touched one refuses.
 
         Raises:
             AgreementError: ranks disagree on version or plan.

@@ -9,6 +9,7 @@ import torch
 
 from nemo_rl.refit.base import RefitOptions
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
+from nemo_rl.refit.layout import Holding
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.inproc import InprocTransport
 
@@ -288,3 +289,11 @@ def test_open_staging_is_a_few_units_however_deep_the_model():
     check(landing, full, False)
     assert landing.most_open <= 3
     assert all(r.staging_bytes <= 2 * 2048 for r in reports.values())
+
+
+def test_tensors_on_other_devices_are_refused_by_name():
+    table = make_table({"a": ((4,), torch.float32)})
+    source = PlainSource(table, [Holding("a", WHOLE((4,)), torch.empty(4, device="meta"))])
+    sim = SimulatedWorld([source], [PlainLanding([("a", WHOLE((4,)))])], RefitOptions(deadline_s=5))
+    results = sim.start()
+    assert isinstance(results[0], PlanError) and "a is on meta" in str(results[0])
