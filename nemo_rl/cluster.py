@@ -77,7 +77,9 @@ class Cluster:
         try:
             ray.init(address=self._config.address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"Ray did not start at address {self._config.address}: {error}") from error
+            place = f"was not reached at {self._config.address}" if self._config.address else "did not start"
+            remedy = "check cluster.address, and that this user has the cluster's token where it asks for one"
+            raise ClusterError(f"Ray {place}: {error}" + (f"; {remedy}" if self._config.address else "")) from error
 
     def _reserve(self) -> None:
         """All devices of the run, or none: one bundle per trainer rank, one per engine."""
