@@ -1,6 +1,7 @@
 """Train a model with GRPO: `run_grpo.py --config examples/configs/grpo_qwen3_tiny_cpu.yaml key=value ...`.
 
-The keys are those of `nemo_rl/config.py`. Exits with 2 where the configuration is refused, with 1 where the run fails.
+The keys are those of `nemo_rl/config.py`. Exits with 2 where the configuration is refused, with 1 where the run fails,
+with 130 where it is interrupted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def train(config: Config, title: str) -> int:
     except ClusterError as error:
         sys.stderr.write(f"the run failed: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what was recorded is in the run's folder\n")
+        return 130
     return 0
 
 
