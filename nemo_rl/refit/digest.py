@@ -15,7 +15,7 @@ import torch
 
 from nemo_rl.refit.region import Region
 
-_CHUNK_ELEMENTS = 1 << 18  # bounds the int64 temporaries, and keeps them inside a core's cache
+_CHUNK_ELEMENTS = 1 << 18  # bounds the int64 scratch; larger ones are no faster
 _HIGH_HALF = 0x2545F4914F6CDD1D
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,9 +38,56 @@ def _axis_weights(axis: int, offset: int, size: int, device: torch.device) -> to
 
 
 def digest_view(view: torch.Tensor, region: Region) -> int:
-    """Digest of `view`, which holds `region` of its tensor, as a signed 64-bit number.
+    """Digest of `view`, which holds `region` of its tensor, as a signed 64-bit number. Waits for the device.
 
-    `view` may be strided and on any device; the sum is taken where the data is. Only the last step synchronizes.
+    Raises:
+        ValueError: the view's shape is not the region's.
+    """
+    return int(digest_on_device(view, region, Scratch()).item())
+
+
+class Scratch:
+    """Reused int64 memory of digests, one piece a device; at most `_CHUNK_ELEMENTS` long."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.device, torch.Tensor] = {}
+
+    def take(self, count: int, device: torch.device) -> torch.Tensor:
+        held = self._held.get(device)
+        if held is None or held.numel() < count:
+            held = self._held[device] = torch.empty(count, dtype=torch.int64, device=device)
+        return held[:count]
+
+
+class Ledger:
+    """Digests of numbered pieces, taken where the pieces lie; only `read` waits, once for each device.
+
+    Attributes:
+        taken: which numbers have a digest.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.taken = np.zeros(count, bool)
+        self._found: dict[torch.device, torch.Tensor] = {}
+        self._scratch = Scratch()
+
+    def take(self, number: int, view: torch.Tensor, region: Region) -> None:
+        """Digest piece `number`. Raises ValueError where the view's shape is not the region's."""
+        if view.device not in self._found:
+            self._found[view.device] = torch.zeros(len(self.taken), dtype=torch.int64, device=view.device)
+        self._found[view.device][number] = digest_on_device(view, region, self._scratch)
+        self.taken[number] = True
+
+    def read(self) -> np.ndarray:
+        """int64, one a number; 0 where none was taken."""
+        total = np.zeros(len(self.taken), np.int64)
+        for found in self._found.values():
+            total += found.cpu().numpy()
+        return total
+
+
+def digest_on_device(view: torch.Tensor, region: Region, scratch: Scratch) -> torch.Tensor:
+    """Digest of `view` (strided, on any device) as an int64 scalar on its device, without waiting for the device.
 
     Raises:
         ValueError: the view's shape is not the region's.
@@ -48,35 +95,50 @@ def digest_view(view: torch.Tensor, region: Region) -> int:
     if tuple(view.shape) != region.sizes:
         raise ValueError(f"view of shape {tuple(view.shape)} does not hold region {region}")
     if region.volume == 0:
-        return 0
+        return torch.zeros((), dtype=torch.int64, device=view.device)
     bits = view.detach().view(_BITS[view.element_size()])
     weights = [_axis_weights(a, region.offsets[a], region.sizes[a], view.device) for a in range(bits.ndim)]
     if view.element_size() < 8:
-        return int(_sum(bits, weights).item())
+        return _sum(bits, weights, scratch)
     # Times an odd weight, the top bit of 64 is the same for every position; halves of 32 bits keep it apart.
-    low, high = _sum(bits, weights, mask=True), _sum(bits, weights, shift=32)
-    return int((low + high * _HIGH_HALF).item())
+    low, high = _sum(bits, weights, scratch, mask=True), _sum(bits, weights, scratch, shift=32)
+    return low + high * _HIGH_HALF
 
 
-def _sum(bits: torch.Tensor, weights: list[torch.Tensor], *, mask: bool = False, shift: int = 0) -> torch.Tensor:
+def _sum(
+    bits: torch.Tensor, weights: list[torch.Tensor], scratch: Scratch, *, mask: bool = False, shift: int = 0
+) -> torch.Tensor:
     """Weighted sum of `bits` in runs of at most `_CHUNK_ELEMENTS`, whatever the shape."""
     if bits.ndim == 0:
-        return _half(bits, mask, shift)
+        return _half(bits.to(torch.int64, copy=True), mask, shift)
     inner = bits.numel() // bits.shape[0]
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
     if inner > _CHUNK_ELEMENTS:
-        for row in range(bits.shape[0]):
-            total += weights[0][row] * _sum(bits[row], weights[1:], mask=mask, shift=shift)
-        return total
-    rows = max(1, _CHUNK_ELEMENTS // inner)
-    for start in range(0, bits.shape[0], rows):
-        chunk = _half(bits[start : start + rows], mask, shift)
-        for axis in range(bits.ndim - 1, 0, -1):
-            chunk = (chunk * weights[axis]).sum(-1)
-        total += (chunk * weights[0][start : start + rows]).sum()
-    return total
+        rows = [_sum(row, weights[1:], scratch, mask=mask, shift=shift) for row in bits]
+        return (torch.stack(rows) * weights[0]).sum()
+    step = min(max(1, _CHUNK_ELEMENTS // inner), bits.shape[0])
+    total = torch.zeros(inner, dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.shape[0], step):
+        part = bits[start : start + step]
+        wide = scratch.take(part.numel(), bits.device)
+        wide.view(part.shape).copy_(part)
+        total += _contract(weights[0][start : start + step], _half(wide, mask, shift).view(len(part), inner))
+    total = total.view(bits.shape[1:])
+    for weight in reversed(weights[1:]):
+        total = (total * weight).sum(-1)
+    return total.view(())
 
 
-def _half(bits: torch.Tensor, mask: bool, shift: int) -> torch.Tensor:
-    wide = bits.to(torch.int64) >> shift if shift else bits.to(torch.int64)
-    return wide & 0xFFFFFFFF if mask else wide
+def _contract(weights: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """`weights @ wide` modulo 2**64; `wide` may be overwritten."""
+    if wide.device.type == "cpu" and wide.shape[1] > 1:
+        return torch.mv(wide.t(), weights)  # one pass; other devices have no integer product of matrices
+    return wide.mul_(weights[:, None]).sum(0)
+
+
+def _half(wide: torch.Tensor, mask: bool, shift: int) -> torch.Tensor:
+    """The 32-bit half of every number, in place."""
+    if shift:
+        wide >>= shift
+    if mask:
+        wide &= 0xFFFFFFFF
+    return wide

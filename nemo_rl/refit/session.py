@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ import torch
 from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
+from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
-from nemo_rl.refit.layout import Holding, Layout, TensorTable, natural_order
+from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
@@ -29,7 +29,6 @@ from nemo_rl.refit.transports.base import Transport
 from nemo_rl.refit.transports.gloo import GlooTransport
 from nemo_rl.refit.transports.golden import run_golden
 from nemo_rl.refit.verify import Replicas, differences, replica_differences, source_digests
-from nemo_rl.refit.wire import pack_declaration, pack_source, unpack_declaration, unpack_source
 
 log = logging.getLogger(__name__)
 
@@ -127,41 +126,28 @@ class RefitSession:
             AgreementError: ranks hold different plans or options.
         """
         with self._guarded("declare"):
-            table, sources, unused = self._declare_sources()
-            declarations = self._declare_landings(table)
+            said = self._declare_source()
+            declaration = None if self._landing is None else self._landing.declare(said.table)
+            declarations = share_declarations(self._link.control, declaration)
         with self._guarded("plan"):
-            plan = self._join(table, sources, declarations, unused)
+            plan = self._join(said, declarations)
             if self.rank == self.world.trainers[0]:
                 log.info("%s", plan.describe())
         with self._guarded("agree"):
-            self._agree(self._statement(plan))
+            agree(self._link.control, self._statement(plan))
             pipeline = Pipeline(plan, self.rank, self._link.moves, self.options.num_streams)
-            self._agreed_or_none = _Agreed(plan, sources, declarations, Replicas.of(plan, sources), pipeline)
+            replicas = Replicas.of(plan, said.sources)
+            self._agreed_or_none = _Agreed(plan, said.sources, declarations, replicas, pipeline)
         return plan
 
-    def _declare_sources(self) -> tuple[TensorTable, dict[int, Layout], dict[str, str]]:
-        payload = b""
-        if self._source is not None:
-            table = self._source.table()
-            self._holdings = list(self._source.holdings())
-            self._check_devices()
-            layout = Layout.from_holdings(self._holdings, table)
-            payload = pack_source(table, layout, self._source.unused())
-        said = {r: unpack_source(b) for r, b in self._exchange("declare", payload).items() if r in self.world.trainers}
-        first = self.world.trainers[0]
-        table = said[first][0]
-        differ = [r for r, (other, _, _) in said.items() if other != table]
-        if differ:
-            names = ", ".join(self.world.describe(r) for r in differ)
-            raise PlanError(
-                f"the tensor table of {names} is not that of {self.world.describe(first)}",
-                rank=self.rank,
-                phase="declare",
-                remedy="all trainer ranks must build the same model",
-            )
-        unused = {name: reason for _, _, given in said.values() for name, reason in given.items()}
-        ordered = {name: table[name] for name in natural_order(table)}
-        return ordered, {r: layout for r, (_, layout, _) in said.items()}, unused
+    def _declare_source(self) -> Declared:
+        if self._source is None:
+            return share_sources(self._link.control, None, None, {})
+        table = self._source.table()
+        self._holdings = list(self._source.holdings())
+        self._check_devices()
+        layout = Layout.from_holdings(self._holdings, table)
+        return share_sources(self._link.control, table, layout, self._source.unused())
 
     def _check_devices(self) -> None:
         away = next((h for h in self._holdings if h.view.device.type != "cpu"), None)
@@ -173,27 +159,16 @@ class RefitSession:
                 remedy="run trainers on the CPU; direct transports between GPUs are not part of this version",
             )
 
-    def _declare_landings(self, table: TensorTable) -> dict[int, Declaration]:
-        payload = b"" if self._landing is None else pack_declaration(self._landing.declare(table))
-        said = self._exchange("declare", payload)
-        return {r: unpack_declaration(said[r]) for r in self.world.generators}
-
-    def _join(
-        self,
-        table: TensorTable,
-        sources: Mapping[int, Layout],
-        declarations: Mapping[int, Declaration],
-        unused: Mapping[str, str],
-    ) -> RefitPlan:
+    def _join(self, said: Declared, declarations: Mapping[int, Declaration]) -> RefitPlan:
         try:
             return plan_refit(
                 self.world,
-                sources,
+                said.sources,
                 declarations,
-                table,
+                said.table,
                 bucket_bytes=self.options.bucket_bytes,
                 all_misc="conventional refit" if self._mode() == "broadcast" else None,
-                unused=unused,
+                unused=said.unused,
             )
         except Refusal as error:
             raise PlanError(
@@ -212,23 +187,6 @@ class RefitSession:
             "options": repr(self.options),
         }
 
-    def _agree(self, statement: Mapping[str, Any]) -> None:
-        """All ranks say the same, or nobody enters a transfer."""
-        said = {r: json.loads(b) for r, b in self._link.control.gather("agree", json.dumps(statement).encode()).items()}
-        differ = [
-            f"{self.world.describe(r)} has {key} {other.get(key)}, {self.world.describe(0)} has {said[0].get(key)}"
-            for r, other in said.items()
-            for key in sorted(set(other) | set(said[0]))
-            if other.get(key) != said[0].get(key)
-        ]
-        if differ:
-            raise AgreementError(
-                "; ".join(differ),
-                rank=self.rank,
-                phase="agree",
-                remedy="start all ranks from the same configuration, model and code",
-            )
-
     # ---- transfer, verify, commit
 
     def refit(self, version: int) -> RefitReport:
@@ -246,7 +204,7 @@ class RefitSession:
         self._phase_s = {}
         with self._guarded("agree"):
             self._check_version(version)
-            self._agree({"plan digest": self._agreed.plan.digest, "version": version})
+            agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version})
         with self._guarded("begin"):
             self._begin(version)
         with self._guarded("transfer"):
@@ -424,17 +382,6 @@ class RefitSession:
         if self._agreed_or_none is None:
             raise RuntimeError("plan() comes before refit()")
         return self._agreed_or_none
-
-    def _exchange(self, phase: str, payload: bytes) -> dict[int, bytes]:
-        """Gather where equal payloads (replicas' layouts) travel once: ranks pass hashes, blobs are stored by hash."""
-        key = hashlib.sha256(payload).hexdigest()
-        control = self._link.control
-        store = control.store
-        if not store.check([f"blob/{key}"]):
-            store.set(f"blob/{key}", payload)
-        keys = {r: b.decode() for r, b in control.gather(phase, key.encode()).items()}
-        blobs = {k: bytes(store.get(f"blob/{k}")) for k in set(keys.values())}
-        return {r: blobs[k] for r, k in keys.items()}
 
     @contextmanager
     def _guarded(self, phase: str) -> Iterator[None]:

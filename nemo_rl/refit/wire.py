@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nemo_rl.refit.base import Declaration
-from nemo_rl.refit.layout import Layout, TensorMeta, TensorTable
+from nemo_rl.refit.layout import Layout, TensorMeta, TensorTable, natural_order
 
 
 def _pack(head: Mapping[str, Any], layout: Layout) -> bytes:
@@ -22,16 +22,26 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], Layout]:
     return json.loads(data[8 : 8 + size]), Layout.from_bytes(data[8 + size :])
 
 
-def pack_source(table: TensorTable, layout: Layout, unused: Mapping[str, str]) -> bytes:
-    """A trainer's statement: the whole model's tensors, what it holds, what it does not export and why."""
-    rows = [[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in table.items()]
-    return _pack({"table": rows, "unused": dict(unused)}, layout)
+def pack_table(table: TensorTable) -> bytes:
+    """The whole model's tensors; equal tables give equal bytes, in whatever order they were made."""
+    rows = [[n, list(table[n].shape), str(table[n].dtype).removeprefix("torch.")] for n in natural_order(table)]
+    return json.dumps(rows).encode()
 
 
-def unpack_source(data: bytes) -> tuple[TensorTable, Layout, dict[str, str]]:
+def unpack_table(data: bytes) -> TensorTable:
+    """Inverse of `pack_table`, in natural order. Raises ValueError where the bytes are damaged."""
+    return {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in json.loads(data)}
+
+
+def pack_source(layout: Layout, unused: Mapping[str, str]) -> bytes:
+    """A trainer's statement: what it holds, what it does not export and why."""
+    return _pack({"unused": dict(unused)}, layout)
+
+
+def unpack_source(data: bytes) -> tuple[Layout, dict[str, str]]:
     """Inverse of `pack_source`. Raises ValueError where the bytes are damaged."""
     head, layout = _unpack(data)
-    return {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head["table"]}, layout, head["unused"]
+    return layout, head["unused"]
 
 
 def pack_declaration(declaration: Declaration) -> bytes:

@@ -1,0 +1,124 @@
+"""What ranks tell each other before a plan, and the question whether all say the same. Equal statements travel once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from nemo_rl.refit.base import Declaration
+from nemo_rl.refit.control import Control
+from nemo_rl.refit.errors import AgreementError, PlanError
+from nemo_rl.refit.layout import Layout, TensorTable
+from nemo_rl.refit.wire import (
+    pack_declaration,
+    pack_source,
+    pack_table,
+    unpack_declaration,
+    unpack_source,
+    unpack_table,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the trainers say.
+
+    Attributes:
+        table: every tensor that they export, in natural order.
+        sources: trainer rank -> layout; replicas share one object.
+        unused: tensors that they do not export, with the reason.
+    """
+
+    table: TensorTable
+    sources: Mapping[int, Layout]
+    unused: Mapping[str, str]
+
+
+def share_sources(
+    control: Control, table: TensorTable | None, layout: Layout | None, unused: Mapping[str, str]
+) -> Declared:
+    """Every rank calls it, trainers with what they hold, the others with None.
+
+    Raises:
+        PlanError: trainers do not build the same model.
+    """
+    mine = () if table is None or layout is None else (pack_table(table), pack_source(layout, unused))
+    keys, blobs = _exchange(control, "declare", mine)
+    world = control.world
+    first = world.trainers[0]
+    differ = [r for r in world.trainers if keys[r][0] != keys[first][0]]
+    if differ:
+        raise PlanError(
+            f"the tensor table of {', '.join(map(world.describe, differ))} is not that of {world.describe(first)}",
+            rank=control.rank,
+            phase="declare",
+            remedy="all trainer ranks must build the same model",
+        )
+    said = _decoded(unpack_source, {r: keys[r][1] for r in world.trainers}, blobs)
+    unused = {name: reason for _, given in said.values() for name, reason in given.items()}
+    return Declared(unpack_table(blobs[keys[first][0]]), {r: layout for r, (layout, _) in said.items()}, unused)
+
+
+def share_declarations(control: Control, declaration: Declaration | None) -> dict[int, Declaration]:
+    """Every rank calls it, generators with what their loader says; generator rank -> declaration."""
+    mine = () if declaration is None else (pack_declaration(declaration),)
+    keys, blobs = _exchange(control, "declare", mine)
+    return _decoded(unpack_declaration, {r: keys[r][0] for r in control.world.generators}, blobs)
+
+
+def agree(control: Control, statement: Mapping[str, Any]) -> None:
+    """All ranks say the same, or nobody enters a transfer.
+
+    Raises:
+        AgreementError: naming every rank and item that differs from rank 0's.
+    """
+    said = {r: json.loads(b) for r, b in control.gather("agree", json.dumps(statement).encode()).items()}
+    differ = [
+        f"{control.world.describe(r)} has {key} {other.get(key)}, {control.world.describe(0)} has {said[0].get(key)}"
+        for r, other in said.items()
+        for key in sorted(set(other) | set(said[0]))
+        if other.get(key) != said[0].get(key)
+    ]
+    if differ:
+        raise AgreementError(
+            "; ".join(differ),
+            rank=control.rank,
+            phase="agree",
+            remedy="start all ranks from the same configuration, model and code",
+        )
+
+
+def _exchange(
+    control: Control, phase: str, payloads: Sequence[bytes]
+) -> tuple[dict[int, tuple[str, ...]], dict[str, bytes]]:
+    """Gather where equal payloads travel once: ranks pass hashes, blobs are stored by hash."""
+    keys = [hashlib.sha256(payload).hexdigest() for payload in payloads]
+    store = control.store
+    for key, payload in zip(keys, payloads, strict=True):
+        if not store.check([f"blob/{key}"]):
+            store.set(f"blob/{key}", payload)
+    said = {r: tuple(b.decode().split()) for r, b in control.gather(phase, " ".join(keys).encode()).items()}
+    return said, {key: _fetch(control, phase, key) for key in {k for ks in said.values() for k in ks}}
+
+
+def _fetch(control: Control, phase: str, key: str) -> bytes:
+    blob = bytes(control.store.get(f"blob/{key}"))
+    if hashlib.sha256(blob).hexdigest() != key:
+        raise PlanError(
+            f"a statement of {len(blob)} bytes is not the one that was published under {key[:12]}",
+            rank=control.rank,
+            phase=phase,
+            remedy="the store was written by something else or is damaged; give every session a store of its own",
+        )
+    return blob
+
+
+def _decoded(unpack: Callable[[bytes], T], keys: Mapping[int, str], blobs: Mapping[str, bytes]) -> dict[int, T]:
+    """Each distinct blob decoded once, by rank."""
+    values = {key: unpack(blobs[key]) for key in dict.fromkeys(keys.values())}
+    return {rank: values[key] for rank, key in keys.items()}
