@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from nemo_rl.trainer.cpu import fill_in_missing_names
-from nemo_rl.trainer.model import Parallel
+from nemo_rl.trainer.model import Parallel, padded_vocabulary
 from nemo_rl.trainer.shape import ModelShape
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def init_parallel(parallel: Parallel, moe: bool, timeout: timedelta, seed: int) 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual(parallel),
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor if moe else parallel.tensor,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
@@ -111,11 +113,17 @@ def transformer_config(shape: ModelShape, parallel: Parallel, dtype: torch.dtype
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual(parallel),
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor if shape.is_moe else None,
         sequence_parallel=needs_sequence_parallel(shape, parallel),
         pipeline_model_parallel_layout=_stages(parallel),
         batch_p2p_sync=torch.cuda.is_available(),
+        # Chunks make both neighbours of a stage send to it at once. Where both are one rank (two stages), Megatron's
+        # batched exchange takes one's message for the other's; the overlapped one orders them.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         # Loss functions divide by the tokens of the global batch themselves; gradients are summed, never averaged.
         calculate_per_token_loss=True,
         # These fusions are kernels that need Transformer Engine or Apex.
@@ -135,34 +143,38 @@ def needs_sequence_parallel(shape: ModelShape, parallel: Parallel) -> bool:
     return parallel.tensor > 1 and (shape.is_moe or parallel.sequence_parallel)
 
 
-def padded_vocabulary(shape: ModelShape, parallel: Parallel) -> int:
-    """Rows of embedding and output layer: the vocabulary rounded up to a multiple of the tensor parallel size."""
-    return -(-shape.vocab_size // parallel.tensor) * parallel.tensor
+def build_chunks(config: TransformerConfig, shape: ModelShape, parallel: Parallel) -> list[GPTModel]:
+    """This rank's part of the model, a module for each of its chunks of layers, on its device, in training mode.
+
+    Call after `init_parallel`.
+    """
+    numbers = [None] if parallel.virtual_pipeline == 1 else range(parallel.virtual_pipeline)
+    return [_build_chunk(config, shape, parallel, chunk) for chunk in numbers]
 
 
-def build_model(config: TransformerConfig, shape: ModelShape, parallel: Parallel) -> GPTModel:
-    """This rank's part of the model, on its device, in training mode. Call after `init_parallel`."""
+def _build_chunk(config: TransformerConfig, shape: ModelShape, parallel: Parallel, chunk: int | None) -> GPTModel:
     model = GPTModel(
         config,
-        _block_spec(config, shape),
+        _block_spec(config, shape, chunk),
         vocab_size=padded_vocabulary(shape, parallel),
         max_sequence_length=shape.max_positions,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         parallel_output=True,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
     )
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model.train()
 
 
-def _block_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage: dense or sparse by their number in the whole model."""
-    first = get_transformer_layer_offset(config)
-    mine = shape.sparse_layers[first : first + get_num_layers_to_build(config)]
+def _block_spec(config: TransformerConfig, shape: ModelShape, chunk: int | None) -> TransformerBlockSubmodules:
+    """Layers of this chunk: dense or sparse by their number in the whole model."""
+    first = get_transformer_layer_offset(config, vp_stage=chunk)
+    mine = shape.sparse_layers[first : first + get_num_layers_to_build(config, vp_stage=chunk)]
     kinds = {sparse: _layer_spec(config, sparse) for sparse in set(mine)}
     return TransformerBlockSubmodules(layer_specs=[kinds[sparse] for sparse in mine], layer_norm=RMSNorm)
 
@@ -185,11 +197,16 @@ def _layer_spec(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     return layer
 
 
+def _virtual(parallel: Parallel) -> int | None:
+    """Chunks of a stage, where there are several."""
+    return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+
+
 def _stages(parallel: Parallel) -> list[list[str]] | None:
-    if parallel.pipeline_layers is None:
+    if parallel.pipeline_layers is None or parallel.pipeline == 1:
         return None
-    stages = [["decoder"] * count for count in parallel.pipeline_layers]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
+    chunks = [["decoder"] * count for count in parallel.pipeline_layers]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def close_parallel() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,17 @@ class MegatronSource:
     they update parameters in place, so that holdings stay valid over optimizer steps.
     """
 
-    def __init__(self, model: torch.nn.Module, shape: ModelShape, dtype: torch.dtype) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape, dtype: torch.dtype) -> None:
         """
         Args:
-            model: this rank's GPTModel, unwrapped.
-            dtype: of all its weights.
+            chunks: this rank's GPTModels, unwrapped; one for each chunk of a virtual pipeline.
+            dtype: of its weights, but for those that the family keeps in float32.
 
         Raises:
-            ValueError: a tensor of the model is unknown to the family rule, or is not in `dtype`; all by name.
+            ValueError: a tensor of the model is unknown to the family rule, or is in another dtype; all by name.
         """
         self._table = families.table(shape, dtype)
-        self._holdings, self._unused = _derive(model, shape, dtype)
+        self._holdings, self._unused = _derive(chunks, shape, dtype)
 
     def table(self) -> TensorTable:
         """Every Hugging Face tensor of the whole model, held by this rank or not."""
@@ -48,11 +48,13 @@ class MegatronSource:
         return dict(self._unused)
 
 
-def _derive(model: torch.nn.Module, shape: ModelShape, dtype: torch.dtype) -> tuple[list[Holding], dict[str, str]]:
+def _derive(
+    chunks: Sequence[torch.nn.Module], shape: ModelShape, dtype: torch.dtype
+) -> tuple[list[Holding], dict[str, str]]:
     holdings: dict[tuple[str, Region], Holding] = {}
     unused: dict[str, str] = {}
     problems: list[str] = []
-    for key, shard in _shards(model):
+    for key, shard in (found for chunk in chunks for found in _shards(chunk)):
         if isinstance(shard, ShardedObject):
             if shard.data is not None:
                 unused[key] = "Megatron's extra state, which is no weight"
@@ -63,7 +65,7 @@ def _derive(model: torch.nn.Module, shape: ModelShape, dtype: torch.dtype) -> tu
                 holdings.setdefault((holding.fqn, holding.region), holding)
         except ValueError as error:
             problems.append(str(error))
-    problems += _not_live(model, holdings.values())
+    problems += _not_live(chunks, holdings.values())
     if problems:
         raise ValueError("trainer layout refused: " + "; ".join(problems))
     return list(holdings.values()), unused
@@ -89,18 +91,18 @@ def _held(shard: ShardedTensor, shape: ModelShape, dtype: torch.dtype) -> Iterat
     data = shard.data
     if shard.prepend_axis_num or data is None or tuple(data.shape) != tuple(shard.local_shape):
         raise ValueError(f"{shard.key}: Megatron describes it in a form with extra axes; a plain shard is needed")
-    if data.dtype != dtype:
-        raise ValueError(f"{shard.key}: is {data.dtype}, but the model is declared {dtype}")
     mine = Region(tuple(map(int, shard.global_offset)), tuple(map(int, shard.local_shape)))
-    for box in families.boxes(shape, shard.key, tuple(map(int, shard.global_shape))):
-        common = box.source.intersect(mine)
-        if common is not None:
-            yield Holding(box.fqn, box.to_hf(common), data.detach()[common.slices_in(mine)])
+    boxes = families.boxes(shape, shard.key, tuple(map(int, shard.global_shape)))
+    for fqn, region, common in families.parts(boxes, mine):
+        wanted = families.dtype_of(shape, fqn, dtype)
+        if data.dtype != wanted:
+            raise ValueError(f"{shard.key}: is {data.dtype}, but {fqn} is declared {wanted}")
+        yield Holding(fqn, region, data.detach()[common.slices_in(mine)])
 
 
-def _not_live(model: torch.nn.Module, holdings: Any) -> list[str]:
+def _not_live(chunks: Sequence[torch.nn.Module], holdings: Any) -> list[str]:
     """Views whose storage is no parameter's or buffer's: copies, which the optimizer would never update."""
-    live = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    live = {t.untyped_storage().data_ptr() for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers())}
     return [
         f"{h.fqn} {h.region}: Megatron gave a copy, not its parameter; it would never change"
         for h in holdings

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.trainer.families import family_of
+from nemo_rl.trainer.pipeline import split_layers
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel
 
 
@@ -15,8 +16,11 @@ class Parallel:
     """Layout of the trainer ranks. The data-parallel size is what the world size leaves over.
 
     Attributes:
-        pipeline_layers: layers of each pipeline stage; None for equal stages.
+        pipeline_layers: layers of each chunk in the order in which a token passes them: the first chunk of every stage,
+            then the second; None for equal chunks. The first and the last may be 0: embedding or loss stand alone.
         sequence_parallel: on for a dense model by choice; always on for a mixture of experts with tensor > 1.
+        context: ranks that share a sequence; they hold the same weights.
+        virtual_pipeline: chunks of layers of each pipeline stage.
     """
 
     world_size: int
@@ -26,10 +30,18 @@ class Parallel:
     expert_tensor: int = 1
     pipeline_layers: tuple[int, ...] | None = None
     sequence_parallel: bool = False
+    context: int = 1
+    virtual_pipeline: int = 1
 
     @property
     def data(self) -> int:
-        return self.world_size // (self.tensor * self.pipeline)
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+    def chunks(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each chunk, as `pipeline_layers`. Raises ValueError where equal ones do not come out even."""
+        if self.pipeline_layers is not None:
+            return self.pipeline_layers
+        return split_layers(num_layers, self.pipeline, self.virtual_pipeline)
 
 
 def read_config(folder: str | Path) -> Any:
@@ -50,6 +62,11 @@ def model_shape(hf_config: Any) -> ModelShape:
     return family_of(hf_config).read(hf_config)
 
 
+def padded_vocabulary(shape: ModelShape, parallel: Parallel) -> int:
+    """Rows of embedding and output layer: the vocabulary rounded up to a multiple of the tensor parallel size."""
+    return -(-shape.vocab_size // parallel.tensor) * parallel.tensor
+
+
 def check_parallel(hf_config: Any, parallel: Parallel) -> list[str]:
     """Everything that keeps `parallel` from training the model, each with its remedy; empty where nothing does.
 
@@ -62,11 +79,26 @@ def check_parallel(hf_config: Any, parallel: Parallel) -> list[str]:
         shape = model_shape(hf_config)
     except UnsupportedModel as error:
         return [*_check_world(parallel, moe=True), *error.violations]
-    return [
+    return [*check_layout(shape, parallel), *_check_trainable(parallel)]
+
+
+def check_layout(shape: ModelShape, parallel: Parallel) -> list[str]:
+    """Everything that keeps ranks laid out as `parallel` from holding the model, each with its remedy."""
+    return _check_sizes(parallel) or [
         *_check_world(parallel, shape.is_moe),
         *_check_tensor(shape, parallel),
         *_check_pipeline(shape, parallel),
         *(_check_experts(shape, parallel) if shape.is_moe else _check_no_experts(shape, parallel)),
+    ]
+
+
+def _check_trainable(parallel: Parallel) -> list[str]:
+    """What ranks could hold but the trainer does not run."""
+    if parallel.context == 1:
+        return []
+    return [
+        f"context_parallel_size={parallel.context}: Megatron-Core splits sequences only with Transformer Engine's "
+        f"attention, which is not used here; set it to 1"
     ]
 
 
@@ -77,17 +109,22 @@ def _check_sizes(parallel: Parallel) -> list[str]:
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
+        "context_parallel_size": parallel.context,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
     }
     return [f"{name}={value} is not positive; set it to 1 or more" for name, value in named.items() if value < 1]
 
 
 def _check_world(parallel: Parallel, moe: bool) -> list[str]:
     bad = []
-    dense = parallel.tensor * parallel.pipeline
+    dense = parallel.tensor * parallel.pipeline * parallel.context
     if parallel.world_size % dense:
+        names, sizes = "tensor x pipeline", f"{parallel.tensor} x {parallel.pipeline}"
+        if parallel.context > 1:
+            names, sizes = f"{names} x context", f"{sizes} x {parallel.context}"
         bad.append(
-            f"{parallel.world_size} trainer ranks are not a multiple of tensor x pipeline parallel size = "
-            f"{parallel.tensor} x {parallel.pipeline} = {dense}; change the number of trainer ranks or the sizes"
+            f"{parallel.world_size} trainer ranks are not a multiple of {names} parallel size = "
+            f"{sizes} = {dense}; change the number of trainer ranks or the sizes"
         )
     sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
     if moe and parallel.world_size % sparse:
@@ -119,17 +156,24 @@ def _check_tensor(shape: ModelShape, parallel: Parallel) -> list[str]:
 
 
 def _check_pipeline(shape: ModelShape, parallel: Parallel) -> list[str]:
-    stages, layers, split = parallel.pipeline, shape.num_layers, parallel.pipeline_layers
+    stages, chunks, layers = parallel.pipeline, parallel.virtual_pipeline, shape.num_layers
+    split = parallel.pipeline_layers
+    if stages == 1 and chunks > 1:
+        return [
+            f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size > 1; set it to 1 or "
+            f"raise the latter"
+        ]
     if split is None:
-        if layers % stages == 0:
+        if layers % (stages * chunks) == 0:
             return []
-        text = _divides("pipeline_model_parallel_size", stages, layers, "layers")
-        return [f"{text}, or give the layers of each stage"]
-    if len(split) == stages and sum(split) == layers and all(n > 0 for n in split):
+        key = "pipeline_model_parallel_size" if chunks == 1 else "pipeline x virtual pipeline parallel size"
+        return [f"{_divides(key, stages * chunks, layers, 'layers')}, or give the layers of each stage"]
+    inner = split[1:-1] if stages > 1 else split
+    if len(split) == stages * chunks and sum(split) == layers and all(n > 0 for n in inner) and min(split) >= 0:
         return []
     return [
-        f"layers by stage {split} are not {stages} positive numbers that add up to {layers}; "
-        f"change them or pipeline_model_parallel_size"
+        f"layers by stage {split} are not {stages * chunks} positive numbers (0 for the first or last alone) that add "
+        f"up to {layers}; change them or pipeline_model_parallel_size"
     ]
 
 

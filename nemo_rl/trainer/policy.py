@@ -115,12 +115,13 @@ class MegatronPolicy:
         config = gpt.transformer_config(self._shape, self.config.parallel, self._dtype)
         config.finalize_model_grads_func = _sum_gradients
         self._sequence_multiple = self.config.parallel.tensor if config.sequence_parallel else 1
-        self._model = gpt.build_model(config, self._shape, self.config.parallel)
-        wrapped = Float16Module(config, self._model) if config.bf16 else self._model
-        self._ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
-        self._optimizer = get_megatron_optimizer(self._optimizer_config(), [self._ddp], use_gloo_process_groups=False)
+        self._chunks = gpt.build_chunks(config, self._shape, self.config.parallel)
+        wrapped = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self._chunks]
+        options = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self._ddp = [DistributedDataParallel(config, options, chunk) for chunk in wrapped]
+        self._optimizer = get_megatron_optimizer(self._optimizer_config(), self._ddp, use_gloo_process_groups=False)
         config.grad_scale_func = self._optimizer.scale_loss
-        self._source = MegatronSource(self._model, self._shape, self._dtype)
+        self._source = MegatronSource(self._chunks, self._shape, self._dtype)
         checkpoint.read_into(self._source.holdings(), self.config.model_path)
         self._optimizer.reload_model_params()
 
@@ -183,7 +184,7 @@ class MegatronPolicy:
             self._fill(current)
 
     def _weights(self) -> list[torch.Tensor]:
-        return list(self._model.parameters())
+        return [p for chunk in self._chunks for p in chunk.parameters()]
 
     @torch.no_grad()
     def _fill(self, values: list[torch.Tensor]) -> None:
@@ -221,7 +222,8 @@ class MegatronPolicy:
 
         self._set_rates(self.config.lr if lr is None else lr)
         with megatron_on_cpu():
-            self._ddp.zero_grad_buffer()
+            for chunk in self._ddp:
+                chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
             self._run(input_ids, batches, part, temperature, forward_only=False)
             self._check_gradients()
@@ -248,7 +250,7 @@ class MegatronPolicy:
 
     def _check_gradients(self) -> None:
         finite = torch.ones((), device=self._device)
-        for buffer in (*self._ddp.buffers, *self._ddp.expert_parallel_buffers):
+        for buffer in (b for chunk in self._ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
             finite *= torch.isfinite(buffer.grad_data).all()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not bool(finite):
@@ -270,7 +272,10 @@ class MegatronPolicy:
     # ---- Megatron's schedule
 
     def _micro_batches(self, num_rows: int, limit: int) -> list[MicroBatch]:
-        return micro_batches(num_rows, self.config.parallel.data, parallel_state.get_data_parallel_rank(), limit)
+        parallel = self.config.parallel
+        # Stages with several chunks pass micro-batches on in groups of as many as there are stages.
+        group = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        return micro_batches(num_rows, parallel.data, parallel_state.get_data_parallel_rank(), limit, group)
 
     def _run(
         self,
@@ -298,8 +303,8 @@ class MegatronPolicy:
 
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(batches),
-            model=[self._ddp],
+            data_iterator=[iter(batches) for _ in self._ddp],
+            model=self._ddp,
             num_microbatches=len(batches),
             seq_length=-(-input_ids.shape[1] // self._sequence_multiple) * self._sequence_multiple,
             micro_batch_size=batches[0].size,

@@ -18,8 +18,8 @@ class MicroBatch:
     size: int
 
 
-def micro_batches(num_rows: int, data_size: int, data_rank: int, limit: int) -> list[MicroBatch]:
-    """The micro-batches of one data-parallel rank, of at most `limit` rows each.
+def micro_batches(num_rows: int, data_size: int, data_rank: int, limit: int, group: int = 1) -> list[MicroBatch]:
+    """The micro-batches of one data-parallel rank, of at most `limit` rows each; a multiple of `group` of them.
 
     Every rank gets the same number of micro-batches of the same size, as pipelines and expert parallelism need; where
     rows do not divide evenly, the last ones are partly or wholly filler.
@@ -30,7 +30,7 @@ def micro_batches(num_rows: int, data_size: int, data_rank: int, limit: int) -> 
     if num_rows < 1 or limit < 1:
         raise ValueError(f"a batch of {num_rows} rows in micro-batches of {limit}; both must be at least 1")
     share = -(-num_rows // data_size)
-    count = -(-share // limit)
+    count = -(-share // (limit * group)) * group
     size = -(-share // count)
     first, last = min(data_rank * share, num_rows), min((data_rank + 1) * share, num_rows)
     starts = [min(first + i * size, last) for i in range(count + 1)]

@@ -26,6 +26,11 @@ LAYOUTS: dict[str, tuple[str, Parallel]] = {
     "dense": ("dense", Parallel(1)),
     "dense TP2": ("dense", Parallel(2, tensor=2)),
     "dense PP2, 1 + 2 layers": ("dense", Parallel(2, pipeline=2, pipeline_layers=(1, 2))),
+    "dense PP2 x VPP2, 1 + 1 + 1 + 0 layers": (
+        "dense",
+        Parallel(2, pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 1, 1, 0)),
+    ),
+    "dense PP3, embedding alone": ("dense", Parallel(3, pipeline=3, pipeline_layers=(0, 1, 2))),
     "dense DP2": ("dense", Parallel(2)),
     "dense TP2 x PP2, 2 + 1 layers": ("dense", Parallel(4, tensor=2, pipeline=2, pipeline_layers=(2, 1))),
     "moe EP2 x TP2": ("moe", Parallel(2, tensor=2, expert=2)),

@@ -117,12 +117,14 @@ def _logits(policy: MegatronPolicy, ids: torch.Tensor) -> torch.Tensor | None:
         positions = torch.arange(padded.shape[1]).expand_as(padded).contiguous()
         return model(padded, positions, None), finish
 
+    parallel = policy.config.parallel
+    count = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
     with megatron_on_cpu(), torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter([0]),
-            model=[policy._ddp],
-            num_microbatches=1,
+            data_iterator=[iter([0] * count) for _ in policy._ddp],
+            model=policy._ddp,
+            num_microbatches=count,
             seq_length=padded.shape[1],
             micro_batch_size=padded.shape[0],
             forward_only=True,
@@ -133,7 +135,7 @@ def _logits(policy: MegatronPolicy, ids: torch.Tensor) -> torch.Tensor | None:
 
 def gradients(policy: MegatronPolicy) -> list[Holding]:
     """This rank's reduced gradients, as boxes: the holdings' views moved from parameters to their gradients."""
-    owners = {p.untyped_storage().data_ptr(): p for p in policy._model.parameters()}
+    owners = {p.untyped_storage().data_ptr(): p for p in policy._weights()}
     out = []
     for h in policy.source().holdings():
         parameter = owners[h.view.untyped_storage().data_ptr()]

@@ -1,0 +1,101 @@
+"""Model families: which box of which Hugging Face tensor a box of a Megatron tensor is.
+
+Pure geometry; one rule serves refits, loading and exporting. A rule is asked with the global key and global shape that
+Megatron's `sharded_state_dict` gives. A key that it does not know is refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nemo_rl.refit.layout import TensorMeta, TensorTable, natural_order
+from nemo_rl.refit.region import Region
+from nemo_rl.trainer.families.base import EMBEDDING, HEAD, Box, Family, Shape, Weight
+from nemo_rl.trainer.families.qwen import QWEN
+from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of
+
+__all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Box", "Family", "Shape", "Weight"]
+__all__ += ["boxes", "dtype_of", "droppable", "family_of", "parts", "table", "weights"]
+
+FAMILIES: Mapping[str, Family] = {
+    "Qwen2ForCausalLM": QWEN,
+    "Qwen2MoeForCausalLM": QWEN,
+    "Qwen3ForCausalLM": QWEN,
+    "Qwen3MoeForCausalLM": QWEN,
+}
+"""Hugging Face architecture -> its rules."""
+
+
+def family_of(hf_config: Any) -> Family:
+    """The family of a configuration. Raises UnsupportedModel naming the architecture and those that are known."""
+    name = architecture_of(hf_config)
+    if name not in FAMILIES:
+        raise UnsupportedModel([f"architecture {name} has no family rule; known are {', '.join(sorted(FAMILIES))}"])
+    return FAMILIES[name]
+
+
+def table(shape: ModelShape, dtype: torch.dtype) -> TensorTable:
+    """Every Hugging Face tensor of the model, in `dtype` but for those that stay in float32."""
+    tensors = _tensors(shape)
+    return {fqn: TensorMeta(tensors[fqn], dtype_of(shape, fqn, dtype)) for fqn in natural_order(tensors)}
+
+
+def dtype_of(shape: ModelShape, fqn: str, dtype: torch.dtype) -> torch.dtype:
+    """What `fqn` of a model in `dtype` is held in."""
+    return torch.float32 if FAMILIES[shape.architecture].float32(fqn) else dtype
+
+
+def droppable(shape: ModelShape) -> frozenset[str]:
+    """Names that a checkpoint of the model may hold beside those of `table`."""
+    return FAMILIES[shape.architecture].droppable(shape)
+
+
+def weights(shape: ModelShape, padded_vocabulary: int) -> Iterator[Weight]:
+    """Every tensor of Megatron's sharded state of the whole model."""
+    return FAMILIES[shape.architecture].weights(shape, padded_vocabulary)
+
+
+@lru_cache(maxsize=8)
+def _tensors(shape: ModelShape) -> Mapping[str, Shape]:
+    return FAMILIES[shape.architecture].tensors(shape)
+
+
+def boxes(shape: ModelShape, key: str, size: Shape) -> list[Box]:
+    """The correspondences of Megatron tensor `key` of global shape `size`.
+
+    Elements that no box covers are vocabulary padding.
+
+    Raises:
+        ValueError: the key is unknown, or its size does not fit the model; both are named.
+    """
+    found = FAMILIES[shape.architecture].rule(shape, key, size)
+    if found is None:
+        raise ValueError(
+            f"Megatron tensor {key} {size} is unknown to the rule of {shape.architecture}; extend the rule"
+        )
+    tensors = _tensors(shape)
+    whole = {fqn: sum(b.region.volume for b in found if b.fqn == fqn) for fqn in {b.fqn for b in found}}
+    wrong = [f for f, n in whole.items() if f not in tensors or n != Region.whole(tensors[f]).volume]
+    wrong += [b.fqn for b in found if b.fqn in tensors and not b.region.fits(tensors[b.fqn])]
+    covered = sum(whole.values()) == Region.whole(size).volume or key in _PADDED
+    if wrong or not covered or not all(b.source.fits(size) for b in found):
+        expected = {fqn: tensors.get(fqn) for fqn in whole}
+        raise ValueError(
+            f"Megatron tensor {key} of shape {size} does not hold {expected} of {shape.architecture}; check the config"
+        )
+    return found
+
+
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def parts(found: list[Box], mine: Region) -> Iterator[tuple[str, Region, Region]]:
+    """What the part `mine` of a Megatron tensor holds: (fqn, region of it, where that lies in the Megatron tensor)."""
+    for box in found:
+        common = box.source.intersect(mine)
+        if common is not None:
+            yield box.fqn, box.to_hf(common), common

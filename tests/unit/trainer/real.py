@@ -1,0 +1,45 @@
+"""What real Megatron models say that they hold, any rank of any layout, played by one process without peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemo_rl.refit.region import Region
+from nemo_rl.trainer import gpt
+from nemo_rl.trainer.cpu import megatron_on_cpu
+from nemo_rl.trainer.layout import MegatronSource
+from nemo_rl.trainer.model import Parallel
+from nemo_rl.trainer.shape import ModelShape
+
+
+@contextmanager
+def playing(rank: int, shape: ModelShape, parallel: Parallel) -> Iterator[None]:
+    """This process is `rank`; its collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
+    try:
+        with megatron_on_cpu():
+            gpt.init_parallel(parallel, shape.is_moe, timedelta(seconds=60), 1)
+            yield
+    finally:
+        gpt.close_parallel()
+
+
+def real_rows(
+    rank: int, meet: str, cases: list[tuple[ModelShape, Parallel]], dtype: torch.dtype
+) -> list[list[list[tuple[str, Region]]]]:
+    """In a child: for each case and each rank, the rows that MegatronSource derives from the built model."""
+    return [
+        [_rows_of(played, shape, parallel, dtype) for played in range(parallel.world_size)] for shape, parallel in cases
+    ]
+
+
+def _rows_of(rank: int, shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[tuple[str, Region]]:
+    with playing(rank, shape, parallel):
+        chunks = gpt.build_chunks(gpt.transformer_config(shape, parallel, dtype), shape, parallel)
+        return [(h.fqn, h.region) for h in MegatronSource(chunks, shape, dtype).holdings()]
