@@ -96,6 +96,9 @@ def digest_on_device(view: torch.Tensor, region: Region, scratch: Scratch) -> to
         raise ValueError(f"view of shape {tuple(view.shape)} does not hold region {region}")
     if region.volume == 0:
         return torch.zeros((), dtype=torch.int64, device=view.device)
+    if view.element_size() == 16:  # complex128: real and imaginary parts along one more axis
+        parts = Region((*region.offsets, 0), (*region.sizes, 2))
+        return digest_on_device(torch.view_as_real(view.detach()), parts, scratch)
     bits = view.detach().view(_BITS[view.element_size()])
     weights = [_axis_weights(a, region.offsets[a], region.sizes[a], view.device) for a in range(bits.ndim)]
     if view.element_size() < 8:

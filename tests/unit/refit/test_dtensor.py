@@ -1,88 +1,228 @@
-"""DTensor to DTensor over disjoint and overlapping meshes, against torch's own full_tensor and chunking."""
+"""DTensor to DTensor over disjoint and overlapping meshes, against torch's own shards and collectives."""
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing as mp
-from datetime import timedelta
+import random
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DeviceMesh, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from nemo_rl.refit.base import RefitOptions, World
-from nemo_rl.refit.dtensor import shard_region, xferdtensor
+from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.dtensor import layout_of, layout_on_mesh, shard_regions, xferdtensor
+from nemo_rl.refit.errors import PlanError
+from nemo_rl.refit.layout import TensorMeta
+from nemo_rl.refit.planner import plan_refit
+from nemo_rl.refit.region import Region
 
-CASES = [
-    # shape, dtype, source ranks, mesh shape, placements, destination ranks, mesh shape, placements
-    ((10, 6), torch.float32, (0, 1), (2,), (Shard(0),), (2, 3), (2,), (Shard(1),)),
-    ((7,), torch.bfloat16, (0, 2), (2,), (Shard(0),), (1, 3), (2,), (Replicate(),)),
-    ((5, 3, 4), torch.uint8, (0, 1, 2, 3), (2, 2), (Shard(0), Shard(2)), (0, 1, 2, 3), (4,), (Shard(1),)),
-    ((4, 6, 2, 3), torch.int64, (0, 1, 2, 3), (4,), (Shard(1),), (1, 2), (2,), (Shard(3),)),
-    ((9, 8), torch.float64, (3,), (1,), (Replicate(),), (0, 1, 2, 3), (2, 2), (Shard(0), Shard(0))),
-]
+from . import dtensor_ranks
+from .grid import LAYOUTS, REAL_GRID, Case, Side, random_case, random_full, random_side, same_bits
+from .simulated import PlainLanding, PlainSource, SimulatedWorld, raise_any
 
-
-@pytest.mark.parametrize("shape", [(7, 5), (1, 3), (8, 2, 3)])
-def test_regions_are_those_of_torch(shape):
-    choices = [Replicate(), *[Shard(d) for d in range(len(shape))]]
-    for mesh_shape in [(3,), (2, 3)]:
-        for placements in itertools.product(choices, repeat=len(mesh_shape)):
-            for at in itertools.product(*map(range, mesh_shape)):
-                want, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, list(at), placements)
-                region = shard_region(shape, mesh_shape, at, placements)
-                assert region.sizes == tuple(want)
-                if region.volume:
-                    assert region.offsets == tuple(offset)
+PLANTED = "planted: source shards exchanged"
 
 
-def test_partial_is_refused():
-    with pytest.raises(ValueError, match="neither Shard nor Replicate"):
-        shard_region((4,), (2,), (0,), (Partial(),))
+def assembled(full: torch.Tensor, side: Side, rank: int) -> torch.Tensor:
+    """The local shard that `shard_regions` describes, cut out of `full`."""
+    pairs = shard_regions(tuple(full.shape), side.mesh, side.coordinate(rank), side.placements)
+    ends = [at.ends for _, at in pairs]
+    local = torch.zeros(tuple(map(max, *ends)) if len(ends) > 1 else ends[0], dtype=full.dtype)
+    for region, at in pairs:
+        local[at.slices_in(Region.whole(tuple(local.shape)))] = full[region.slices_in(Region.whole(tuple(full.shape)))]
+    return local
 
 
-def one_case(rank, case, transport):
-    shape, dtype, src_ranks, src_mesh, src_placements, dst_ranks, dst_mesh, dst_placements = case
-    full = (torch.arange(torch.Size(shape).numel()) % 251).to(dtype).view(shape)
-    on_src = DeviceMesh("cpu", torch.tensor(src_ranks).view(src_mesh))
-    on_dst = DeviceMesh("cpu", torch.tensor(dst_ranks).view(dst_mesh))
-    src = distribute_tensor(full.clone(), on_src, src_placements) if rank in src_ranks else None
-    dst = distribute_tensor(torch.full_like(full, 7), on_dst, dst_placements) if rank in dst_ranks else None
-    store = dist.PrefixStore(f"{case}{transport}", dist.distributed_c10d._get_default_store())
-    everyone = sorted(set(src_ranks) | set(dst_ranks))
-    if rank not in everyone:
-        return
-    world = World(tuple(map(everyone.index, src_ranks)), tuple(map(everyone.index, dst_ranks)))
-    options = RefitOptions(transport=transport, deadline_s=30, bucket_bytes=1024)
-    report = xferdtensor(src, dst, rank=everyone.index(rank), world=world, store=store, options=options)
-    assert report.verified
-    if dst is not None:
-        assert torch.equal(dst.full_tensor(), full)
+@pytest.mark.parametrize("seed", range(10))
+def test_regions_are_those_of_torch(seed):
+    rng = random.Random(seed)
+    for _ in range(60):
+        ndim = rng.randint(0, 4)
+        full = torch.arange(1, 1 + torch.Size(s := [rng.choice((1, 2, 3, 5, 8, 13)) for _ in range(ndim)]).numel())
+        side = random_side(rng, ndim, range(24), rng.randint(1, 4))
+        for rank in side.ranks:
+            want = side.local(full.view(s), rank)
+            assert torch.equal(assembled(full.view(s), side, rank).view(want.shape), want), (s, side, rank)
 
 
-def rank_main(rank, port, queue):
-    try:
-        torch.set_num_threads(1)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        dist.init_process_group("gloo", rank=rank, world_size=4, store=store, timeout=timedelta(seconds=60))
-        for case, transport in itertools.product(CASES, ("gloo", "golden")):
-            one_case(rank, case, transport)
-            dist.barrier()
-        queue.put((rank, "ok"))
-    except Exception as error:
-        queue.put((rank, repr(error)))
+@pytest.mark.parametrize(
+    ("placements", "text"),
+    [
+        ((Partial(),), r"placement P\(sum\) is neither Shard nor Replicate"),
+        ((Shard(1),), "names a dim that shape"),
+        ((_StridedShard(-2, split_factor=2),), "names a dim that shape"),
+        ((Shard(0), Shard(0)), "differ in length"),
+    ],
+)
+def test_other_placements_are_refused(placements, text):
+    with pytest.raises(ValueError, match=text):
+        shard_regions((4,), (2,), (0,), placements)
+
+
+# ---- simulated ranks: random meshes of up to 4 axes
+
+
+def rows_of(case: Case, side: Side) -> list[list[tuple[str, Region]]]:
+    """The rows of every rank of `side`, in the order of its ranks."""
+    return [
+        [("w", region) for region, _ in shard_regions(case.shape, side.mesh, side.coordinate(r), side.placements)]
+        for r in sorted(side.ranks)
+    ]
+
+
+def copied(case: Case, full: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Run the plan of a case copy by copy on plain tensors; destination rank -> its shard."""
+    table = {"w": TensorMeta(case.shape, case.dtype)}
+    sides = [
+        {r: layout_on_mesh(table, {"w": side.placements}, side.mesh, side.coordinate(r)) for r in side.ranks}
+        for side in (case.src, case.dst)
+    ]
+    world = World(case.src.ranks, case.dst.ranks)
+    plan = plan_refit(world, sides[0], {r: Declaration(lay) for r, lay in sides[1].items()}, table, bucket_bytes=1024)
+    parts = {r: case.src.local(full, r) for r in case.src.ranks}
+    out = {r: case.dst.local(random_full(case.shape, case.dtype, seed=5), r) for r in case.dst.ranks}
+    for i in range(len(plan.bulk)):
+        copy = plan.copy(plan.bulk, i)
+        views = []
+        for side, shards, rank, row in (
+            (case.src, parts, copy.src_rank, copy.src_row),
+            (case.dst, out, copy.dst_rank, copy.dst_row),
+        ):
+            region, at = shard_regions(case.shape, side.mesh, side.coordinate(rank), side.placements)[row]
+            inside = copy.region.moved(tuple(b - a for a, b in zip(region.offsets, at.offsets, strict=True)))
+            views.append(shards[rank][inside.slices_in(Region.whole(tuple(shards[rank].shape)))])
+        views[1].copy_(views[0])
+    return out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_plans_over_random_meshes_give_torchs_shards(seed):
+    rng = random.Random(100 + seed)
+    for _ in range(40):
+        case = random_case(rng, num_ranks=16)
+        full = random_full(case.shape, case.dtype, seed)
+        for rank, shard in copied(case, full).items():
+            want = case.dst.local(full, rank)
+            assert same_bits(shard.view(want.shape), want), (case, rank)
+
+
+def test_simulated_ranks_run_random_meshes():
+    """The session itself over the in-process transport, the two sides apart."""
+    rng = random.Random(7)
+    for number in range(25):
+        ndim = rng.randint(0, 4)
+        shape = tuple(rng.choice((1, 2, 3, 5, 8)) for _ in range(ndim))
+        src, dst = (random_side(rng, ndim, range(4), rng.randint(1, 4)) for _ in range(2))
+        case = Case(shape, torch.complex128 if number % 2 else torch.float8_e4m3fn, src, dst)
+        full, table = random_full(shape, case.dtype, number), {"w": TensorMeta(shape, case.dtype)}
+        sources = [PlainSource.of({"w": full}, table, rows) for rows in rows_of(case, src)]
+        landings = [PlainLanding(rows, seed=number) for rows in rows_of(case, dst)]
+        world = SimulatedWorld(sources, landings)
+        raise_any(world.start())
+        raise_any(world.refit(0))
+        for landing in landings:
+            for (_, region), stored in zip(landing.rows, landing.storage, strict=True):
+                assert same_bits(stored, full[region.slices_in(Region.whole(shape))]), (case, region)
+
+
+# ---- one rank on both sides
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield DeviceMesh("cpu", [0])
     dist.destroy_process_group()
 
 
-def test_dtensors_move_between_meshes():
+def alone(src, dst, **changes):
+    given = {"rank": 0, "world": World((0,), (0,)), "store": dist.HashStore(), "options": RefitOptions(deadline_s=10)}
+    return xferdtensor(src, dst, **{**given, **changes})
+
+
+def on(mesh: DeviceMesh, full: torch.Tensor, *placements) -> DTensor:
+    return DTensor.from_local(full, mesh, placements or (Replicate(),), run_check=False)
+
+
+def test_strides_of_local_shards_are_free(mesh):
+    full = torch.arange(24.0).view(4, 6)
+    src, dst = on(mesh, full.t().contiguous().t(), Shard(1)), on(mesh, torch.full((6, 4), -1.0).t(), Shard(0))
+    assert alone(src, dst).bulk_bytes == 0  # nothing goes over a wire
+    assert torch.equal(dst.to_local(), full)
+
+
+@pytest.mark.parametrize(
+    ("dst", "text"),
+    [
+        (torch.zeros(4, 3), "tensor: trainer 0 and generator 0"),
+        (torch.zeros(4, 2, dtype=torch.int32), "tensor: trainer 0 and generator 0"),
+    ],
+)
+def test_sides_that_do_not_meet_are_refused(mesh, dst, text):
+    with pytest.raises(PlanError, match=text):
+        alone(on(mesh, torch.zeros(4, 2)), on(mesh, dst))
+
+
+def test_one_storage_for_both_sides_is_refused(mesh):
+    memory = torch.zeros(8)
+    with pytest.raises(ValueError, match="dst tensor lies in the storage of src tensor"):
+        alone(on(mesh, memory[:4]), on(mesh, memory[4:]))
+
+
+def test_a_partial_tensor_is_refused_by_name(mesh):
+    with pytest.raises(ValueError, match=r"w: mesh \(1,\), coordinate \(0,\): placement P\(sum\)"):
+        layout_of({"w": on(mesh, torch.zeros(4), Partial())})
+
+
+def test_a_shard_of_another_size_than_torch_cuts_is_refused(mesh):
+    lying = DTensor.from_local(torch.zeros(3), mesh, (Shard(0),), run_check=False, shape=torch.Size((4,)), stride=(1,))
+    with pytest.raises(ValueError, match=r"the local shard has shape \(3,\), .* give \(4,\)"):
+        layout_of({"w": lying})
+
+
+def test_a_side_that_is_missing_is_refused(mesh):
+    with pytest.raises(ValueError, match="a trainer takes a source"):
+        alone(None, on(mesh, torch.zeros(4)))
+
+
+# ---- real processes
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Rank -> check -> what is wrong, from four processes that run the whole grid."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(r, store.port, queue), daemon=True) for r in range(4)]
-    for p in ranks:
-        p.start()
-    assert dict(queue.get(timeout=120) for _ in ranks) == dict.fromkeys(range(4), "ok")
-    for p in ranks:
-        p.join(20)
+    ranks = range(dtensor_ranks.NUM_RANKS)
+    processes = [
+        context.Process(target=dtensor_ranks.rank_main, args=(r, store.port, queue), daemon=True) for r in ranks
+    ]
+    for process in processes:
+        process.start()
+    said = dict(queue.get(timeout=200) for _ in ranks)
+    for process in processes:
+        process.join(20)
+    return said
+
+
+def test_dtensors_move_between_real_processes(outcomes):
+    wrong = {(r, name): text for r, said in outcomes.items() for name, text in said.items() if text and name != PLANTED}
+    assert not wrong
+    assert all(len(said) == len(REAL_GRID) + 3 for said in outcomes.values())
+
+
+def test_the_grid_sees_a_planted_wrong_placement(outcomes):
+    """Shards under each other's names pass every check of the service; the comparison with torch must fail."""
+    said = [outcomes[rank][PLANTED] for rank in sorted(outcomes)]
+    assert said == ["", "", *["other bits than torch's own shard"] * 2]
+
+
+def test_the_grid_is_broad():
+    assert len(REAL_GRID) >= 60
+    for transport in ("gloo", "golden", "broadcast"):
+        assert len({name.rsplit(", ", 2)[0] for name, _, t in REAL_GRID if t == transport}) >= 8
+    assert {c.dtype for _, c, t in REAL_GRID if t == "gloo"} == {c.dtype for _, c, _ in REAL_GRID}
+    assert {len(shape) for shape, _, _ in LAYOUTS.values()} == {0, 1, 2, 3, 4}
