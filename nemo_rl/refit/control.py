@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -33,7 +33,7 @@ class Control:
         self.rank, self.world, self.deadline_s = rank, world, deadline_s
         self.store = store if isinstance(store, dist.Store) else self._reach(*store)
         self._sequence = 0
-        self._kept_from = 1
+        self._written: list[str] = []
 
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
@@ -54,33 +54,53 @@ class Control:
             TransferError: ranks that did not publish within the deadline, by name.
             RefitError: another rank reported a failure; its text.
         """
-        self._sequence += 1
-        number = self._sequence
-        self.store.set(f"{number}/{self.rank}", payload)
-        wanted = list(range(self.world.size)) if ranks is None else sorted(ranks)
-        self._await(number, wanted, phase)
-        said = {r: bytes(self.store.get(f"{number}/{r}")) for r in wanted}
+        number = self._publish({"": payload})
+        wanted = range(self.world.size) if ranks is None else sorted(ranks)
+        said = self._await({r: f"{number}/{r}/" for r in wanted}, phase)
         if ranks is None:
-            self._forget_before(number)
+            self._forget()
         return said
 
-    def _await(self, number: int, wanted: Iterable[int], phase: str) -> None:
+    def exchange(self, phase: str, outgoing: Mapping[int, bytes], ranks: Iterable[int]) -> dict[int, bytes]:
+        """Give each rank of `outgoing` a payload of its own, and wait for those that `ranks` have for this one.
+
+        Every rank calls in the same order. Raises as `gather`.
+        """
+        number = self._publish({str(r): payload for r, payload in outgoing.items()})
+        return self._await({r: f"{number}/{r}/{self.rank}" for r in sorted(ranks)}, phase)
+
+    def _publish(self, payloads: Mapping[str, bytes]) -> int:
+        """Set one key a reader; the number of this round of keys."""
+        self._sequence += 1
+        for reader, payload in payloads.items():
+            key = f"{self._sequence}/{self.rank}/{reader}"
+            self.store.set(key, payload)
+            self._written.append(key)
+        return self._sequence
+
+    def _await(self, keys: Mapping[int, str], phase: str) -> dict[int, bytes]:
         end = time.monotonic() + self.deadline_s
-        missing, pause = list(wanted), 0.0005
+        pause = 0.0005
         while True:
             aborted = self.store.check([_ABORT])  # read before the keys: a gather that is complete counts
-            if self.store.check([f"{number}/{r}" for r in missing]):
-                return
+            if self.store.check(list(keys.values())):
+                return {r: bytes(self.store.get(key)) for r, key in keys.items()}
             if aborted:
                 self.raise_if_aborted(phase)
             if time.monotonic() > end:
-                self._give_up(phase, [r for r in missing if not self.store.check([f"{number}/{r}"])])
+                self._give_up(phase, [r for r, key in keys.items() if not self.store.check([key])])
             time.sleep(pause)
             pause = min(2 * pause, 0.005)
 
     def decide(self, question: str, answer: str) -> str:
-        """The answer that the first rank gave to `question`; every rank gets the same, whatever it wanted itself."""
-        return bytes(self.store.compare_set(f"decision/{question}", "", answer)).decode()
+        """The answer that the first rank gave to `question`; every rank gets the same, whatever it wanted itself.
+
+        Questions differ; the answer is kept until every rank has called a gather after it.
+        """
+        key = f"decision/{question}"
+        if self.rank == 0:
+            self._written.append(key)
+        return bytes(self.store.compare_set(key, "", answer)).decode()
 
     def abort(self, error: RefitError) -> None:
         """Tell all ranks that this session failed; the first report stays."""
@@ -100,11 +120,11 @@ class Control:
                 remedy="see that rank's error; remake the session",
             )
 
-    def _forget_before(self, number: int) -> None:
-        """Every rank has published `number`, so every rank has read all it wanted of the gathers before."""
-        for old in range(self._kept_from, number):
-            self.store.delete_key(f"{old}/{self.rank}")
-        self._kept_from = number
+    def _forget(self) -> None:
+        """Every rank has written its key of this gather, so it has read all it wanted of what was written before."""
+        for key in self._written[:-1]:
+            self.store.delete_key(key)
+        self._written = self._written[-1:]
 
     def _give_up(self, phase: str, missing: list[int]) -> None:
         names = ", ".join(self.world.describe(r) for r in missing)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import MiscBuffer, RefitPlan
 from nemo_rl.refit.region import Region
@@ -70,7 +70,7 @@ class Receiver:
     def __init__(self, plan: RefitPlan, transport: Transport, deadline_s: float, verify: bool) -> None:
         self._plan, self._transport, self._verify = plan, transport, verify
         self._end = time.monotonic() + deadline_s
-        self.digests: dict[int, int] = {}
+        self.ledger = Ledger(len(plan.misc))
         self.staging_bytes = 0
         self.received_bytes = 0
         self.exhausted = False
@@ -98,4 +98,4 @@ class Receiver:
         for index in np.flatnonzero(np.isin(copies.tensor, ids)).tolist():
             region = self._plan.region(copies, index)
             full = tensors[self._plan.names[copies.tensor[index]]]
-            self.digests[index] = digest_view(full[region.slices_in(Region.whole(tuple(full.shape)))], region)
+            self.ledger.take(index, full[region.slices_in(Region.whole(tuple(full.shape)))], region)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
@@ -58,6 +58,9 @@ class Tracker:
         layout: of this rank's destinations (row -> region and unit).
         sink: opens and closes units.
         verify: take digests of load-format bytes before a unit closes.
+
+    Attributes:
+        ledger: digests of the copies that land here, numbered in the order of `copies`.
     """
 
     def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, sink: Sink, verify: bool) -> None:
@@ -67,7 +70,7 @@ class Tracker:
         units, counts = np.unique(self._unit_of, return_counts=True)
         self._left = dict(zip(units.tolist(), counts.tolist(), strict=True))
         self._views: dict[int, Mapping[int, torch.Tensor]] = {}
-        self.digests: dict[int, int] = {}
+        self.ledger = Ledger(len(self._mine))
         rows = np.flatnonzero(layout.sizes.prod(axis=1) > 0)
         misc = [i for i, name in enumerate(layout.names) if name in plan.misc_reasons]
         used = set(layout.unit[np.union1d(rows, np.flatnonzero(np.isin(layout.tensor, misc)))].tolist())
@@ -112,8 +115,9 @@ class Tracker:
 
     def _digest(self, unit: int) -> None:
         if self._verify:
-            for index in self._mine[self._unit_of == unit].tolist():
-                self.digests[index] = digest_view(self.view(index), self._plan.region(self._copies, index))
+            for number in np.flatnonzero(self._unit_of == unit).tolist():
+                index = int(self._mine[number])
+                self.ledger.take(number, self.view(index), self._plan.region(self._copies, index))
 
     @property
     def unfinished(self) -> dict[int, int]:

@@ -17,6 +17,7 @@ from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources
+from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.memory import PeakRss
@@ -28,7 +29,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.base import Transport
 from nemo_rl.refit.transports.gloo import GlooTransport
 from nemo_rl.refit.transports.golden import run_golden
-from nemo_rl.refit.verify import Replicas, differences, replica_differences, source_digests
+from nemo_rl.refit.verify import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class _Agreed:
     plan: RefitPlan
     sources: Mapping[int, Layout]
     declarations: Mapping[int, Declaration]
-    replicas: Replicas
+    verifier: Verifier | None
     pipeline: Pipeline
 
 
@@ -136,8 +137,8 @@ class RefitSession:
         with self._guarded("agree"):
             agree(self._link.control, self._statement(plan))
             pipeline = Pipeline(plan, self.rank, self._link.moves, self.options.num_streams)
-            replicas = Replicas.of(plan, said.sources)
-            self._agreed_or_none = _Agreed(plan, said.sources, declarations, replicas, pipeline)
+            verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
+            self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, pipeline)
         return plan
 
     def _declare_source(self) -> Declared:
@@ -205,17 +206,18 @@ class RefitSession:
         with self._guarded("agree"):
             self._check_version(version)
             agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version})
+        with self._guarded("digest"):
+            held = self._look()
         with self._guarded("begin"):
             self._begin(version)
         with self._guarded("transfer"):
             bulk, tracker = self._move_bulk()
         with self._guarded("misc"):
-            packed, misc_digests = self._move_misc()
+            packed, whole = self._move_misc()
             if tracker is not None:
                 tracker.digest_in_place()
-        bulk_digests = {} if tracker is None else tracker.digests
         with self._guarded("verify"):
-            self._verify(bulk_digests, misc_digests)
+            self._verify(held, Ledger(0) if tracker is None else tracker.ledger, whole)
         with self._guarded("commit"):
             self._commit(version)
         return RefitReport(
@@ -255,18 +257,23 @@ class RefitSession:
                 remedy="refit with a version above the committed one",
             )
 
+    def _look(self) -> np.ndarray | None:
+        """Look at the source's storage again; its digests, where this rank has one and verifies."""
+        if self._source is None:
+            return None
+        fresh = list(self._source.holdings())
+        if [(h.fqn, h.region) for h in fresh] != [(h.fqn, h.region) for h in self._holdings]:
+            raise AgreementError(
+                "the source holds other regions than it declared",
+                rank=self.rank,
+                phase="digest",
+                remedy="remake the session after the model or its layout changed",
+            )
+        self._holdings = fresh
+        return None if self._agreed.verifier is None else self._agreed.verifier.look(fresh)
+
     def _begin(self, version: int) -> None:
-        """Look at the source's storage again, close the engine, and wait until all ranks have."""
-        if self._source is not None:
-            fresh = list(self._source.holdings())
-            if [(h.fqn, h.region) for h in fresh] != [(h.fqn, h.region) for h in self._holdings]:
-                raise AgreementError(
-                    "the source holds other regions than it declared",
-                    rank=self.rank,
-                    phase="begin",
-                    remedy="remake the session after the model or its layout changed",
-                )
-            self._holdings = fresh
+        """Close the engine, and wait until all ranks have."""
         if self._landing is not None:
             self._touched = True
             self._landing.begin(version)
@@ -298,10 +305,10 @@ class RefitSession:
             tracker.pass_empty_units()
         return traffic, tracker
 
-    def _move_misc(self) -> tuple[Traffic, dict[int, int]]:
+    def _move_misc(self) -> tuple[Traffic, Ledger]:
         agreed, transport, deadline = self._agreed, self._link.moves, self._data_s
         if not agreed.plan.misc_fqns:
-            return Traffic(), {}
+            return Traffic(), Ledger(0)
         if self._landing is not None:
             receiver = misc.Receiver(agreed.plan, transport, deadline, self.options.verify)
             self._landing.load_misc(receiver.tensors())
@@ -312,35 +319,29 @@ class RefitSession:
                     phase="misc",
                     remedy="see the engine's log for what its load_weights did",
                 )
-            return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.digests
+            return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.ledger
         if self.rank != agreed.plan.misc_root:
-            return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), {}
+            return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), Ledger(0)
         sink = misc.RootSink(agreed.plan, transport, deadline)
         whole = misc.root_layout(agreed.plan)
         tracker = Tracker(agreed.plan, agreed.plan.misc, self.rank, whole, sink, verify=False)
         traffic = agreed.pipeline.run(agreed.plan.misc, self._src_view, tracker, deadline)
         traffic.sent_bytes += sink.sent_bytes
         traffic.staging_bytes += sink.staging_bytes
-        return traffic, {}
+        return traffic, Ledger(0)
 
-    def _verify(self, bulk: Mapping[int, int], packed: Mapping[int, int]) -> None:
-        """Compare digests of what trainers hold with digests of what landed, piece by piece."""
-        if not self.options.verify:
+    def _verify(self, held: np.ndarray | None, bulk: Ledger, whole: Ledger) -> None:
+        """Compare what trainers held at the start with what they hold and with what landed, piece by piece."""
+        verifier = self._agreed.verifier
+        if verifier is None:
             return
-        plan = self._agreed.plan
-        mine = b""
-        if self._source is not None:
-            mine = source_digests(plan, self.rank, self._holdings, self._agreed.replicas).tobytes()
-        said = self._link.control.gather("verify", mine, self.world.trainers)
-        if self._landing is None:
-            return
-        held = {r: np.frombuffer(b, np.int64) for r, b in said.items()}
-        wrong = replica_differences(plan, held, self._agreed.sources, self._agreed.replicas)
-        wrong += differences(plan, self.rank, held, bulk, packed)
+        said = self._link.control.exchange("verify", {} if held is None else verifier.statements(held), verifier.peers)
+        wrong = [] if held is None else verifier.changes(held, verifier.look(self._holdings))
+        wrong += verifier.differences(said, held, bulk, whole)
         if wrong:
             shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise VerificationError(
-                f"{len(wrong)} pieces differ from what the trainers hold: {shown}",
+                f"{len(wrong)} pieces differ: {shown}",
                 rank=self.rank,
                 phase="verify",
                 remedy="the version was not committed; find what wrote these bytes, then remake the session and refit",
@@ -426,5 +427,6 @@ _PHASE_ERROR: Mapping[str, type[RefitError]] = {
     "plan": PlanError,
     "transfer": TransferError,
     "misc": TransferError,
+    "digest": VerificationError,
     "verify": VerificationError,
 }

@@ -1,6 +1,10 @@
 """Which pieces of a refit arrived as the trainers hold them: digests of both ends, compared copy by copy.
 
-Trainer replicas are compared with each other too: where they differ, no generator can be right.
+What is compared:
+- every copy that landed, with what its trainer held when the refit began;
+- what a trainer holds after the transfer, with what it held when the refit began: a source that changes meanwhile
+  would hand out pieces of two versions;
+- trainer replicas with each other: where they differ, no generator can be right.
 """
 
 from __future__ import annotations
@@ -11,19 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_rl.refit.boxes import Boxes
-from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.layout import Holding, Layout
+from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
 
 
 @dataclass(frozen=True, eq=False)
 class Replicas:
-    """Source rows whose box several trainers hold, ordered by rank and row; rows of one `group` are equal."""
+    """Source rows whose box an earlier trainer (`first_rank`, `first_row`) holds too."""
 
+    first_rank: np.ndarray
+    first_row: np.ndarray
     rank: np.ndarray
     row: np.ndarray
-    group: np.ndarray
 
     @classmethod
     def of(cls, plan: RefitPlan, sources: Mapping[int, Layout]) -> Replicas:
@@ -32,98 +38,137 @@ class Replicas:
         ndim = max((len(m.shape) for m in plan.table.values()), default=0)
         held = Boxes.of(sources, index, ndim)
         key = np.column_stack([held.tensor, held.offsets, held.sizes])
-        _, group, count = np.unique(key, axis=0, return_inverse=True, return_counts=True)
-        group = group.reshape(-1)
-        rows = np.flatnonzero(count[group] > 1)
-        rows = rows[np.lexsort((held.row[rows], held.rank[rows]))]
-        return cls(held.rank[rows], held.row[rows], group[rows])
+        _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
+        first = first[group.reshape(-1)]
+        rows = np.flatnonzero(first != np.arange(len(held)))
+        first = first[rows]
+        return cls(held.rank[first], held.row[first], held.rank[rows], held.row[rows])
 
 
-def source_digests(plan: RefitPlan, rank: int, holdings: Sequence[Holding], replicas: Replicas) -> np.ndarray:
-    """Digest of every copy that `rank` sends (bulk in table order, then misc) and of every row that it shares.
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """Copies that one rank sends, in the plan's order: number of the piece, receiving rank."""
 
-    Returns:
-        int64, one a copy, then one a row of `replicas`; equal pieces are read once.
-    """
-    seen: dict[tuple[int, Region], int] = {}
+    number: np.ndarray
+    to: np.ndarray
 
-    def digest(row: int, region: Region) -> int:
-        if (row, region) not in seen:
+
+class Verifier:
+    """One rank's part in the comparison of one plan's refits."""
+
+    def __init__(self, plan: RefitPlan, rank: int, sources: Mapping[int, Layout]) -> None:
+        self._plan, self._rank, self._source = plan, rank, sources.get(rank)
+        self._replicas = Replicas.of(plan, sources)
+        self._pieces: list[tuple[int, Region]] = []  # of the source: row and region; equal ones are read once
+        self._numbers: dict[tuple[int, Region], int] = {}
+        self._bulk, self._misc = self._note_copies(plan.bulk), self._note_copies(plan.misc)
+        self._rows = {row: self._note(row, sources[rank].region(row)) for row in self._shared_rows()}
+
+    def _note(self, row: int, region: Region) -> int:
+        if (row, region) not in self._numbers:
+            self._numbers[row, region] = len(self._pieces)
+            self._pieces.append((row, region))
+        return self._numbers[row, region]
+
+    def _note_copies(self, copies: CopyTable) -> _Sent:
+        mine = np.flatnonzero(copies.src_rank == self._rank)
+        numbers = [self._note(int(copies.src_row[i]), self._plan.region(copies, i)) for i in mine.tolist()]
+        return _Sent(np.array(numbers, np.int64), copies.dst_rank[mine])
+
+    def _shared_rows(self) -> list[int]:
+        own, first = self._replicas.rank == self._rank, self._replicas.first_rank == self._rank
+        rows: list[int] = [*self._replicas.row[own].tolist(), *self._replicas.first_row[first].tolist()]
+        return rows
+
+    def look(self, holdings: Sequence[Holding]) -> np.ndarray:
+        """Digests of all that this rank sends or shares with other trainers; int64, one a piece."""
+        ledger = Ledger(len(self._pieces))
+        for number, (row, region) in enumerate(self._pieces):
             holding = holdings[row]
-            seen[row, region] = digest_view(holding.view[region.slices_in(holding.region)], region)
-        return seen[row, region]
+            ledger.take(number, holding.view[region.slices_in(holding.region)], region)
+        return ledger.read()
 
-    found = [
-        digest(int(copies.src_row[index]), plan.region(copies, index))
-        for copies in (plan.bulk, plan.misc)
-        for index in np.flatnonzero(copies.src_rank == rank).tolist()
-    ]
-    found += [digest(row, holdings[row].region) for row in replicas.row[replicas.rank == rank].tolist()]
-    return np.array(found, np.int64)
+    def changes(self, before: np.ndarray, after: np.ndarray) -> list[str]:
+        """Pieces of this rank's source that are not what they were when the refit began."""
+        assert self._source is not None
+        return [
+            f"{self._source.fqn(row)} {region}: {self._plan.world.describe(self._rank)} held digest {before[n]} when "
+            f"the refit began and {after[n]} after the transfer"
+            for n, (row, region) in enumerate(self._pieces)
+            if before[n] != after[n]
+        ]
 
+    def statements(self, held: np.ndarray) -> dict[int, bytes]:
+        """What this trainer says to each rank that compares something with it."""
+        world, replicas = self._plan.world, self._replicas
+        readers = {*replicas.rank[replicas.first_rank == self._rank].tolist(), *self._bulk.to.tolist()}
+        readers |= {*world.generators} if len(self._misc.number) else set()
+        said = {}
+        for peer in sorted(readers):
+            shared = replicas.first_row[(replicas.first_rank == self._rank) & (replicas.rank == peer)]
+            arrays = {
+                "bulk": held[self._bulk.number[self._bulk.to == peer]],
+                "misc": held[self._misc.number] if peer in world.generators else held[:0],
+                "shared": held[[self._rows[row] for row in shared.tolist()]],
+            }
+            said[peer] = pack(None, arrays)
+        return said
 
-def replica_differences(
-    plan: RefitPlan, held: Mapping[int, np.ndarray], sources: Mapping[int, Layout], replicas: Replicas
-) -> list[str]:
-    """Boxes that trainers hold with different bytes, each with the parameter, region and ranks."""
-    shared = np.zeros(len(replicas.rank), np.int64)
-    for rank, digests in held.items():
-        mine = np.flatnonzero(replicas.rank == rank)
-        shared[mine] = digests[len(digests) - len(mine) :]
-    first: dict[int, int] = {}
-    wrong = []
-    for i, group in enumerate(replicas.group.tolist()):
-        one = first.setdefault(group, i)
-        if shared[i] != shared[one]:
-            layout, row = sources[int(replicas.rank[i])], int(replicas.row[i])
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """Trainers whose statements this rank compares with what it has."""
+        plan = self._plan
+        ranks = {*plan.bulk.src_rank[plan.bulk.dst_rank == self._rank].tolist()}
+        ranks |= {*self._replicas.first_rank[self._replicas.rank == self._rank].tolist()}
+        if self._rank in plan.world.generators:
+            ranks |= {*plan.misc.src_rank.tolist()}
+        return tuple(sorted(ranks))
+
+    def differences(self, said: Mapping[int, bytes], held: np.ndarray | None, bulk: Ledger, misc: Ledger) -> list[str]:
+        """What differs on this rank from what `peers` say, each with parameter, region and both ranks.
+
+        Args:
+            said: trainer -> its statement to this rank.
+            held: what this rank's own source held when the refit began; None on a rank that is no trainer.
+            bulk, misc: what landed here, numbered by the copies of the plan that land here; one without a digest
+                differs.
+        """
+        wrong = []
+        for peer in self.peers:
+            _, theirs = unpack(said[peer])
+            wrong += self._unequal_replicas(peer, theirs["shared"], held)
+            wrong += self._unequal(peer, self._plan.bulk, self._plan.bulk.dst_rank == self._rank, theirs["bulk"], bulk)
+            if self._rank in self._plan.world.generators:
+                everything = np.ones(len(self._plan.misc), bool)
+                wrong += self._unequal(peer, self._plan.misc, everything, theirs["misc"], misc)
+        return wrong
+
+    def _unequal(self, peer: int, copies: CopyTable, due: np.ndarray, want: np.ndarray, landed: Ledger) -> list[str]:
+        """Copies `due` on this rank, those from `peer`: one digest of `want` for each, in the plan's order."""
+        mine = np.flatnonzero(due)
+        numbers = np.flatnonzero(copies.src_rank[mine] == peer)
+        if len(numbers) != len(want):
+            return [f"{self._plan.world.describe(peer)} sent {len(want)} digests for {len(numbers)} copies"]
+        got, taken = landed.read()[numbers], landed.taken[numbers]
+        wrong = []
+        for i in np.flatnonzero((got != want) | ~taken).tolist():
+            copy = self._plan.copy(copies, int(mine[numbers[i]]))
             wrong.append(
-                f"{layout.fqn(row)} {layout.region(row)}: {plan.world.describe(int(replicas.rank[one]))} holds digest "
-                f"{shared[one]}, its replica {plan.world.describe(int(replicas.rank[i]))} {shared[i]}"
+                f"{copy.fqn} {copy.region}: {self._plan.world.describe(peer)} holds digest {want[i]}, "
+                f"{self._plan.world.describe(self._rank)} has {got[i] if taken[i] else 'none'}"
             )
-    return wrong
+        return wrong
 
-
-def differences(
-    plan: RefitPlan,
-    rank: int,
-    held: Mapping[int, np.ndarray],
-    bulk: Mapping[int, int],
-    misc: Mapping[int, int],
-) -> list[str]:
-    """What differs on generator `rank`, each with parameter, region and both ranks.
-
-    Args:
-        held: trainer rank -> its `source_digests`.
-        bulk, misc: copy -> digest of what landed on this rank; a copy without one differs.
-    """
-    due = np.flatnonzero(plan.bulk.dst_rank == rank).tolist()
-    start = dict.fromkeys(held, 0)
-    wrong = _compare(plan, rank, plan.bulk, due, bulk, held, start)
-    start = {r: int((plan.bulk.src_rank == r).sum()) for r in held}
-    return wrong + _compare(plan, rank, plan.misc, list(range(len(plan.misc))), misc, held, start)
-
-
-def _compare(
-    plan: RefitPlan,
-    rank: int,
-    copies: CopyTable,
-    due: list[int],
-    landed: Mapping[int, int],
-    held: Mapping[int, np.ndarray],
-    start: Mapping[int, int],
-) -> list[str]:
-    position = np.zeros(len(copies), np.int64)
-    for source, first in start.items():
-        rows = np.flatnonzero(copies.src_rank == source)
-        position[rows] = first + np.arange(len(rows))
-    wrong = []
-    for index in due:
-        source = int(copies.src_rank[index])
-        want, got = int(held[source][position[index]]), landed.get(index)
-        if got != want:
-            copy = plan.copy(copies, index)
-            wrong.append(
-                f"{copy.fqn} {copy.region}: {plan.world.describe(source)} holds digest {want}, "
-                f"{plan.world.describe(rank)} has {got}"
-            )
-    return wrong
+    def _unequal_replicas(self, peer: int, want: np.ndarray, held: np.ndarray | None) -> list[str]:
+        rows = self._replicas.row[(self._replicas.rank == self._rank) & (self._replicas.first_rank == peer)]
+        if len(rows) != len(want):
+            return [f"{self._plan.world.describe(peer)} sent {len(want)} digests for {len(rows)} shared boxes"]
+        if not len(rows):
+            return []
+        assert held is not None and self._source is not None
+        got = held[[self._rows[row] for row in rows.tolist()]]
+        return [
+            f"{self._source.fqn(rows[i])} {self._source.region(rows[i])}: {self._plan.world.describe(peer)} holds "
+            f"digest {want[i]}, its replica {self._plan.world.describe(self._rank)} {got[i]}"
+            for i in np.flatnonzero(got != want).tolist()
+        ]

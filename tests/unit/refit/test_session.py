@@ -248,7 +248,7 @@ def test_a_checker_that_fails_fails_closed(monkeypatch):
     def broken(*_):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("nemo_rl.refit.pipeline.digest_view", broken)
+    monkeypatch.setattr("nemo_rl.refit.digest.digest_on_device", broken)
     results = sim.refit(1)
     assert all(isinstance(r, RefitError) for r in results.values())
     assert all(landing.version == -1 and landing.rejected for landing in landings)
