@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_layer, restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
+from vllm.utils.torch_utils import is_quantized_kv_cache
 
 try:
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
@@ -78,6 +79,35 @@ def load_device(layer: nn.Module) -> torch.device:
     return layerwise.get_layerwise_info(layer).restore_device
 
 
+def scale_rules(model: nn.Module) -> dict[str, str]:
+    """Scales and zero points of attention that a checkpoint may lack, with the reason.
+
+    A quantized KV cache needs `k_scale` and `v_scale`; for all others vLLM has a constant.
+    """
+    rules = {}
+    for prefix, layer in model.named_modules():
+        if not is_deferred_attention_layer(layer) or not has_processing(layer):
+            continue
+        quantized = is_quantized_kv_cache(layer.kv_cache_dtype)  # type: ignore[arg-type]
+        for name in layer._parameters.keys() - ({"k_scale", "v_scale"} if quantized else set()):
+            why = "a constant of the engine where no tensor brings it" if quantized else "the KV cache is not quantized"
+            rules[f"{prefix}.{name}"] = why
+    return rules
+
+
+def unwrap_loaders(model: nn.Module) -> None:
+    """Let a twin's weight loaders fill its parameters themselves.
+
+    Layers that quantize while they load keep what they are given until they are whole, and fill other tensors.
+    """
+    for layer in model.modules():
+        for tensor in own_tensors(layer).values():
+            loader = layerwise._get_original_loader(tensor)
+            if loader is not layerwise._get_weight_loader(tensor):
+                tensor.weight_loader = loader  # type: ignore[attr-defined]
+        layerwise.get_layerwise_info(layer).reset()
+
+
 # ---- one module: load format out, kernel format back
 
 
@@ -98,6 +128,10 @@ def stage(layer: nn.Module) -> dict[str, torch.Tensor]:
     info = layerwise.get_layerwise_info(layer)
     fresh = {name for name, tensor in own_tensors(layer).items() if tensor.is_meta}
     materialize_layer(layer, info)
+    if is_deferred_attention_layer(layer):
+        with info.restore_device:
+            layer.quant_method.create_weights(layer)  # values that say "no tensor came" stand in scales until one does
+        fresh -= layer._parameters.keys()
     with torch.no_grad():
         for name in fresh:
             own_tensors(layer)[name].zero_()
@@ -270,8 +304,9 @@ def load_whole(
         layerwise.finalize_layerwise_processing(model, model_config)
 
 
-def finish_model(model: nn.Module, model_config: Any) -> None:
-    """Let attention layers derive again what they keep besides their modules' weights."""
+def finish_model(model: nn.Module, model_config: Any, ran: Ran) -> None:
+    """Let attention layers derive again what they keep besides their modules' weights; each is reported to `ran`."""
     for layer in model.modules():
         if is_deferred_attention_layer(layer):
             layer.process_weights_after_loading(model_config.dtype)
+            ran(layer)

@@ -29,6 +29,9 @@ class GeneratorConfig:
         kv_cache_memory_bytes: size of the KV cache on CPU.
         gpu_memory_utilization: share of a GPU's memory for weights and KV cache, on CUDA.
         load_format: `dummy` starts from random weights; the first refit brings the real ones.
+        quantization: vLLM's name of how the engine quantizes what it loads, such as `fp8_per_channel`; None where the
+            model's own configuration says how its weights are quantized, or they are not.
+        kv_cache_dtype: `auto` is the precision; `fp8` takes the cache's scales from the weights.
         seed: of dummy weights and of requests without a seed.
 
     Raises:
@@ -44,6 +47,8 @@ class GeneratorConfig:
     gpu_memory_utilization: float = 0.5
     enforce_eager: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -167,7 +172,8 @@ class VllmEngine:
             )
             for one in seeds
         ]
-        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        # The salt is part of a cached block's key: no block that other weights computed can be found.
+        asked = [{"prompt_token_ids": list(prompt), "cache_salt": f"weights {version}"} for prompt in prompts]
         answers = self._llm.generate(asked, params, use_tqdm=False) if asked else []
         return [[_generated(o, version) for o in sorted(a.outputs, key=lambda o: o.index)] for a in answers]
 
@@ -203,13 +209,22 @@ class VllmEngine:
         """Take the trainers' weights as `version`; one report per worker, in rank order.
 
         Raises:
-            RefitError: what the first failing worker said, with the others' words; the engine refuses to generate.
+            RefitError: what the first failing worker said, with the others' words, or that cached keys and values of
+                the old weights are kept; the engine refuses to generate.
         """
         self._refusal = f"the update to version {version} is not committed"
         reports = self._all("refit", version)
-        self._llm.reset_prefix_cache()
+        self._drop_caches(version)
         self.weight_version, self._refusal = version, None
         return reports
+
+    def _drop_caches(self, version: int) -> None:
+        """Forget keys and values that other weights computed. Raises RefitError where some are in use."""
+        if not self._llm.reset_prefix_cache():
+            detail = f"the KV cache still holds blocks that weights of version {self.weight_version} computed"
+            self._refusal = f"{detail}, and the weights are version {version}"
+            remedy = "end the requests that use them, then refit as a newer version"
+            raise RefitError(self._refusal, rank=0, phase="commit", remedy=remedy)
 
     def refit_close(self) -> None:
         """Give up the workers' sessions; weights and version stay."""
@@ -268,6 +283,8 @@ def _make_llm(config: GeneratorConfig) -> Any:
         max_num_seqs=config.max_num_seqs,
         enforce_eager=config.enforce_eager,
         load_format=config.load_format,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         seed=config.seed,
         skip_tokenizer_init=True,
         generation_config="vllm",

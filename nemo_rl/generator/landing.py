@@ -8,6 +8,7 @@ place*, whose live tensors are what the loader fills, gets them in its live stor
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Layouts:
         rows: destination rows; row i belongs to `units[i]`.
         staged: unit -> module name.
         in_place: modules that must be processed again although their bytes land in live storage.
+        constant: modules that no tensor fills and that processing makes from constants.
         misc: tensors that the engine's own loader takes.
         needs: module -> tensors that it is made of, as far as rows tell; every module that the loader fills is a key.
         padding: live parameter -> byte ranges that no tensor fills and that dummy weights left random.
@@ -43,6 +45,7 @@ class Layouts:
     units: tuple[int, ...]
     staged: tuple[str, ...]
     in_place: tuple[str, ...]
+    constant: tuple[str, ...]
     misc: Mapping[str, str]
     needs: Mapping[str, frozenset[str]]
     padding: Mapping[str, tuple[tuple[int, int], ...]]
@@ -50,12 +53,13 @@ class Layouts:
 
 @dataclass(slots=True)
 class Update:
-    """Progress of one version: units opened, modules landed in bulk, modules whose processing ran."""
+    """Progress of one version: units opened, modules landed, those whose processing ran, attention that derived."""
 
     version: int
     open: set[int] = field(default_factory=set)
     landed: set[str] = field(default_factory=set)
     processed: set[str] = field(default_factory=set)
+    derived: set[str] = field(default_factory=set)
     misc_loaded: bool = False
 
 
@@ -84,7 +88,7 @@ class VllmLanding:
         twin = build_twin(self._config)
         trace = trace_twin(twin, self._config, table)
         found = formats.classify(self._model, twin, self._config)
-        problems = [*trace.problems, *found.problems]
+        problems = [*trace.problems, *found.problems, *_uneven(trace.left_alone, twin)]
         short = {_module_of(p) for p in _short_parameters(trace, twin)} if trace.misc else set()
         misc = _close_over_modules(trace, short, found.must_be_misc)
         rows = tuple(row for row in trace.rows if row.fqn not in misc)
@@ -108,16 +112,19 @@ class VllmLanding:
         found: formats.Formats,
         short: Iterable[str],
     ) -> Layouts:
-        number = {name: i for i, name in enumerate(found.staged)}
         needs: defaultdict[str, set[str]] = defaultdict(set, {name: set() for name in short})
         for row in trace.rows:
             needs[_module_of(row.param)].add(row.fqn)
+        alone = {_module_of(name) for name in trace.left_alone} - needs.keys()
+        staged = tuple(name for name in found.staged if name not in alone)
+        number = {name: i for i, name in enumerate(staged)}
         dummy = self._config.load_config.load_format == "dummy"  # any other load ran the loader, which fills padding
         return Layouts(
             rows=rows,
             units=tuple(number.get(_module_of(row.param), IN_PLACE) for row in rows),
-            staged=tuple(found.staged),
+            staged=staged,
             in_place=tuple(found.in_place),
+            constant=tuple(name for name in found.staged if name in alone),
             misc=misc,
             needs={name: frozenset(fqns) for name, fqns in needs.items()},
             padding={p: r for p, r in trace.padding.items() if dummy and _module_of(p) not in number},
@@ -204,8 +211,13 @@ class VllmLanding:
         with compat.inside(self._config):
             for name in layouts.in_place:
                 compat.reprocess(self._modules[name], self._ran)
-            compat.finish_model(self._model, self._model_config)
-        missing = [name for name in layouts.in_place if name not in update.processed]
+            for name in layouts.constant:
+                compat.stage(self._modules[name])
+                compat.process_staged(self._modules[name], self._ran)
+            compat.finish_model(self._model, self._model_config, lambda layer: update.derived.add(self._name(layer)))
+        missing = [name for name in layouts.in_place + layouts.constant if name not in update.processed]
+        attention = [n for n, m in self._modules.items() if compat.is_deferred_attention_layer(m)]
+        missing += [name for name in attention if name not in update.derived]
         if missing:
             raise RuntimeError(f"version {update.version}: processing of {', '.join(missing)} did not run")
 
@@ -234,7 +246,10 @@ class VllmLanding:
 
     def _ran(self, layer: nn.Module) -> None:
         assert self._update is not None
-        self._update.processed.add(self._names[id(layer)])
+        self._update.processed.add(self._name(layer))
+
+    def _name(self, layer: nn.Module) -> str:
+        return self._names[id(layer)]
 
     def _tensor(self, name: str) -> torch.Tensor:
         module, _, attribute = name.rpartition(".")
@@ -279,6 +294,20 @@ def _close_over_modules(trace: Trace, short: Iterable[str], must: Mapping[str, s
     return misc
 
 
+def _uneven(left_alone: Iterable[str], twin: nn.Module) -> list[str]:
+    """Parameters that no tensor brings although one comes for the same parameter of another layer."""
+    alone, params = set(left_alone), dict(twin.named_parameters())
+    kinds: defaultdict[str, list[str]] = defaultdict(list)
+    for name in params:
+        kinds[re.sub(r"\d+", "*", name)].append(name)
+    return [
+        f"{name}: no tensor brings it, although one comes for {next(n for n in names if n not in alone)}"
+        for names in kinds.values()
+        for name in names
+        if name in alone and not alone.issuperset(names)
+    ]
+
+
 def _short_parameters(trace: Trace, twin: nn.Module) -> list[str]:
     """Parameters that rows and padding leave short: the rest of their bytes comes from misc tensors."""
     got: defaultdict[str, int] = defaultdict(int)
@@ -287,4 +316,4 @@ def _short_parameters(trace: Trace, twin: nn.Module) -> list[str]:
         got[row.param] += row.region.volume * params[row.param].element_size()
     for name, ranges in trace.padding.items():
         got[name] += sum(stop - start for start, stop in ranges)
-    return [name for name, p in params.items() if got[name] < p.nbytes]
+    return [name for name, p in params.items() if got[name] < p.nbytes and name not in trace.left_alone]

@@ -33,6 +33,8 @@ def build_twin(vllm_config: Any, device: str = "meta") -> nn.Module:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from nemo_rl.generator.compat import unwrap_loaders
+
     config = _with_own_layers(vllm_config)
     model_config = config.model_config
     with (
@@ -42,20 +44,24 @@ def build_twin(vllm_config: Any, device: str = "meta") -> nn.Module:
         torch.device(device),
     ):
         twin: nn.Module = initialize_model(vllm_config=config, model_config=model_config)
+    unwrap_loaders(twin)
     return twin
 
 
 def trace_twin(twin: nn.Module, vllm_config: Any, table: TensorTable) -> Trace:
     """Run the twin's `load_weights` on storage-less tensors of `table`.
 
-    Every parameter must be covered; a persistent buffer only where the loader touches it.
+    Every parameter must be covered; a persistent buffer only where the loader touches it, and scales of attention as
+    `compat.scale_rules` says.
     """
     from vllm.config import set_current_vllm_config
+
+    from nemo_rl.generator.compat import scale_rules
 
     buffers = dict(_persistent_buffers(twin))
     params: dict[str, torch.Tensor] = dict(twin.named_parameters(remove_duplicate=False))
     params |= {name: b for name, b in buffers.items() if b.device.type == "meta"}
-    derived = dict.fromkeys(buffers, "a buffer, set when the model is built")
+    derived = dict.fromkeys(buffers, "a buffer, set when the model is built") | scale_rules(twin)
     with set_current_vllm_config(_with_own_layers(vllm_config)):
         return trace_loader(twin.load_weights, table, params, derived)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,14 @@ class Trace:
         padding: parameter -> byte ranges of its storage that the loader fills with a constant.
         problems: what must refuse a plan: bytes nobody writes or two write, values no fed tensor explains, a loader
             that stopped.
+        left_alone: parameters that the loader did not write and may leave alone, with the reason.
     """
 
     rows: tuple[TracedRow, ...]
     misc: Mapping[str, str]
     padding: Mapping[str, tuple[ByteRange, ...]]
     problems: tuple[str, ...]
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
 
 def trace_loader(
@@ -82,8 +84,10 @@ def trace_loader(
             stopped = f"the loader stopped after {recorder.last or 'no tensor'}: {type(error).__name__}: {error}"
     if stopped:
         return Trace(tuple(recorder.kept_rows()), recorder.misc, {}, (stopped, *recorder.problems))
-    padding, problems = recorder.check_cover(derived or {})
-    return Trace(tuple(recorder.kept_rows()), recorder.misc, padding, (*recorder.problems, *problems))
+    derived = derived or {}
+    padding, problems = recorder.check_cover(derived)
+    left_alone = {name: why for name, why in derived.items() if recorder.left_alone(name)}
+    return Trace(tuple(recorder.kept_rows()), recorder.misc, padding, (*recorder.problems, *problems), left_alone)
 
 
 def storage_id(tensor: torch.Tensor) -> int:
@@ -304,8 +308,7 @@ class _Recorder(TorchDispatchMode):
         computed = join([*self._computed[key], *(r for fqn, r in rows if fqn in self.misc)])
         filled = join(r for _, r in self._fills[key])
         got, size = account(target, copied, computed, filled), int((target[:, 1] - target[:, 0]).sum())
-        untouched = not len(copied) and not len(computed) and key not in self._reached
-        if untouched and size:
+        if self._untouched(key) and size:
             what = "only a constant is written" if len(filled) else "nothing is written"
             text = f"{what} to its {size} bytes: the table lacks its tensor, or it must be declared as derived"
             return tuple(got.padding), [] if derived else [text]
@@ -317,6 +320,13 @@ class _Recorder(TorchDispatchMode):
                 [f"{_spans(lost)} of {size} filled with a constant after a tensor was copied there"] if lost else []
             )
         return tuple(got.padding), found
+
+    def left_alone(self, param: str) -> bool:
+        """Whether no tensor of the table reached `param`."""
+        return param in self._params and self._untouched(storage_id(self._params[param]))
+
+    def _untouched(self, key: int) -> bool:
+        return not self._copied[key] and not self._computed[key] and key not in self._reached
 
 
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})

@@ -1,0 +1,210 @@
+"""Real engines whose kernels read another format than the trainer holds: FP8 made at the destination, FP8 from the
+trainer, and scales of the KV cache. After every refit they must equal engines that loaded the same checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.refit.base import RefitOptions
+from nemo_rl.refit.errors import RefitError
+from tests.e2e.engines import (
+    PROMPTS,
+    FileSource,
+    Kind,
+    Tensors,
+    answer,
+    check,
+    differ,
+    equal,
+    fresh_landing,
+    inner,
+    land,
+    logprob_error,
+    observe,
+    raised,
+    run,
+    table_of,
+    trained,
+)
+
+CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+TOKENS = {**CHANNELS, "strategy": "token", "dynamic": True}
+CACHE = {**CHANNELS, "strategy": "tensor"}
+
+
+def fp8_of_channels(tensors: Tensors, settings: dict[str, Any], seed: int) -> Tensors:
+    """Linear weights in FP8 with a scale an output channel, and calibrated scales of the KV cache."""
+    group = {"targets": ["Linear"], "weights": CHANNELS, "input_activations": TOKENS}
+    settings["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": CACHE,
+    }
+    out = dict(tensors)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = (weight.abs().amax(1, keepdim=True) / 448).clamp_min(1e-6)
+        out[name], out[f"{name}_scale"] = (weight / scale).to(torch.float8_e4m3fn), scale
+    for layer in range(2):
+        for i, kind in enumerate("kvq"):
+            out[f"model.layers.{layer}.self_attn.{kind}_scale"] = torch.tensor([0.01 * (seed + i) + 0.05 * layer])
+    return out
+
+
+CALM = {"initializer_range": 0.05}
+"""Weights at which rounding does not drown in large logits."""
+KINDS = {
+    "online": Kind("Qwen2", CALM, engine={"quantization": "fp8_per_channel"}),
+    "calibrated": Kind("Qwen3", CALM, rewrite=fp8_of_channels),
+}
+
+
+# ---- tests
+
+
+def test_formats(tmp_path: Path) -> None:
+    check(
+        run(
+            __file__,
+            tmp_path,
+            ["online online bfloat16 1", "calibrated calibrated bfloat16 1"],
+        )
+    )
+
+
+# ---- inside their processes
+
+
+def lands(engine: VllmEngine, to_a: tuple[str, Any], to_b: tuple[str, Any]) -> dict[str, bool]:
+    """First, second, and A -> B -> A refits, through units and through the engine's own loader."""
+    found = {"A and B differ": differ(to_a[1], to_b[1])}
+    order = [(to_b, "units"), (to_a, "units"), (to_b, "both"), (to_a, "misc"), (to_b, "units")]
+    for version, ((path, want), through) in enumerate(order):
+        problems = engine.collective_rpc(land, path, version, through)
+        found[f"{version}: no problems"] = problems == [[]] * engine.num_workers
+        found[f"{version}: {Path(path).name} through {through}"] = equal(observe(engine), want)
+    return found
+
+
+def online(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+    """BF16 travels; the engine makes FP8 weights and their scales of it in every version."""
+    fresh_a = observe(engine)
+    found = lands(engine, (a, fresh_a), (b, fresh_b))
+    kept = {str(p.dtype) for name, p in fresh_b[1][0].items() if "_proj.weight" in name}
+    found["kernels hold FP8 and scales"] = kept == {"torch.float8_e4m3fn", "torch.float32"}
+    staged = engine.collective_rpc(staging, b)
+    found["staging is BF16, all of it bulk"] = staged == [({"torch.bfloat16"}, 8, 0)]
+    return found | logprobs(engine, a, b, 0.1)
+
+
+def staging(worker: Any, path: str) -> tuple[set[str], int, int]:
+    """dtypes that units take, number of units, misc tensors."""
+    landing = worker.refit_landing()
+    declared = landing.declare(table_of(load_file(f"{path}/model.safetensors")))
+    landing.begin(100)
+    units = sorted(set(declared.layout.unit.tolist()) - {-1})
+    dtypes = {str(view.dtype) for unit in units for view in landing.open(unit).values()}
+    landing.reject("only looked at")
+    worker._refit_landing = None
+    return dtypes, len(units), len(declared.misc)
+
+
+def logprobs(engine: VllmEngine, a: str, b: str, bound: float) -> dict[str, bool]:
+    """The engine serves B: its log-probabilities are close to those of B's values in float32, and far from A's."""
+    seen = observe(engine)
+    error, stale = logprob_error(seen, b), logprob_error(seen, a)
+    return {f"log-probabilities are {error:.2g} off, {stale:.2g} from stale weights": error < bound < stale / 5}
+
+
+def calibrated(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+    """FP8 weights and scales of weights and cache come from the trainer."""
+    found = lands(engine, (a, observe(engine)), (b, fresh_b))
+    tensors = load_file(f"{b}/model.safetensors")
+    want = [[float(tensors[f"model.layers.{i}.self_attn.{k}_scale"]) for k in "kvq"] * 2 for i in range(2)]
+    found["the cache's scales are the trainer's"] = engine.collective_rpc(cache_scales) == [want]
+    found |= refusals(engine, tensors) | logprobs(engine, a, b, 0.1)
+    engine.collective_rpc(land, a, 5, "units")
+    return found | cached(engine, a, b, fresh_b)
+
+
+def cache_scales(worker: Any) -> list[list[float]]:
+    layers = [layer.self_attn.attn for layer in worker.model_runner.get_model().model.layers]
+    on_host = [[layer._k_scale_float, layer._v_scale_float, layer._q_scale_float] for layer in layers]
+    return [[*host, *map(float, (x._k_scale, x._v_scale, x._q_scale))] for host, x in zip(on_host, layers, strict=True)]
+
+
+def refusals(engine: VllmEngine, tensors: Tensors) -> dict[str, bool]:
+    """Scales without their weights, weights without their scales, and scales of some layers."""
+    at = "model.layers.1.self_attn."
+    lacking = {
+        f"{at}o_proj.weight": f"{at}o_proj.weight: nothing is written",
+        f"{at}o_proj.weight_scale": f"{at}o_proj.weight_scale: nothing is written",
+        f"{at}k_scale": f"{at}attn.k_scale: nothing is written",
+        f"{at}v_scale": f"{at}attn.v_scale: nothing is written",
+        f"{at}q_scale": f"{at}attn.q_scale: no tensor brings it",
+    }
+    found = {}
+    with fresh_landing(engine):
+        for name, words in lacking.items():
+            table = table_of({n: t for n, t in tensors.items() if n != name})
+            problems = engine.collective_rpc(lambda w, table: inner(w).refit_landing().declare(table).problems, table)
+            found[f"{name} is missing"] = all(len(p) == 1 and p[0].startswith(words) for p in problems)
+    return found
+
+
+def cached(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+    """Keys and values of other weights or scales are never read, and an engine that keeps them refuses."""
+    source = FileSource(b)
+    fresh = {a: observe(engine)[0], b: fresh_b[0]}
+    told = mock.patch.object(engine._llm, "reset_prefix_cache", return_value=True)
+    failed = mock.patch.object(engine._llm, "reset_prefix_cache", return_value=False)
+
+    def served(path: str) -> bool:
+        """Whether fresh results come; the next ones would come from what these leave in the cache."""
+        answers = engine.generate(PROMPTS, 1, 12, 0.0)
+        return [[(c.token_ids, c.logprobs) for c in cs] for cs in answers] == fresh[path][: len(PROMPTS)]
+
+    def hold(path: str) -> None:
+        for name, tensor in load_file(f"{path}/model.safetensors").items():
+            source.tensors[name].copy_(tensor)
+
+    found = {"a prompt leaves something to reuse": hits(engine) == 0 < hits(engine)}
+    with trained(engine, source, RefitOptions(deadline_s=30)) as refit:
+        refit(1)
+        found["nothing to reuse after a refit"] = hits(engine) == 0
+        found["B"] = served(b)
+        hold(a)
+        with told:
+            refit(2)
+        found["a kept cache has something to reuse"] = hits(engine) > 0
+        found["and yet A is served"] = served(a)
+        with failed:
+            found["kept blocks are named"] = "still holds blocks" in raised(RefitError, lambda: refit(3))
+        found["then nothing is served"] = "still holds" in raised(RuntimeError, lambda: engine.generate([[1]], 1, 1, 0))
+        refit(4)
+        found["A again"] = served(a)
+    return found
+
+
+def hits(engine: VllmEngine) -> int:
+    """Tokens of the long prompt that vLLM finds in the prefix cache, asked without the salt that versions give."""
+    from vllm import SamplingParams
+
+    (answer,) = engine._llm.generate([{"prompt_token_ids": PROMPTS[-1]}], SamplingParams(max_tokens=1), use_tqdm=False)
+    return int(answer.num_cached_tokens)
+
+
+SCENARIOS = {"online": online, "calibrated": calibrated}
+
+if __name__ == "__main__":
+    answer(SCENARIOS, KINDS)
