@@ -55,6 +55,7 @@ def trainer_config(config: Config, model_path: Path, topology: Topology) -> Trai
         micro_batch_size=policy.train_micro_batch_size,
         logprob_batch_size=policy.logprob_batch_size,
         seed=config.grpo.seed,
+        verify_against_checkpoint=policy.refit.verify_against_checkpoint,
         deadline_s=config.grpo.step_deadline_s,
     )
 

@@ -98,13 +98,15 @@ class GenerationConfig:
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
     """Knobs of the refit session. `transport` is auto, gloo or golden; the conventional refit is `broadcast`, which
-    `policy.nccl_xfer_refit=false` selects."""
+    `policy.nccl_xfer_refit=false` selects. `verify_against_checkpoint` compares what trainers hold before their first
+    step with the files of `model_name`."""
 
     transport: str = "auto"
     bucket_bytes: int = 16 << 20
     num_streams: int = 2
     deadline_s: float = 120.0
     verify: bool = True
+    verify_against_checkpoint: bool = False
 
 
 @dataclass(frozen=True, slots=True)

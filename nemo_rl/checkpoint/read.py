@@ -1,8 +1,8 @@
-"""Read a checkpoint into what a rank holds: each rank reads its own boxes and nothing else."""
+"""Read a checkpoint into what a rank holds, or compare them: each rank reads its own boxes and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from safetensors import safe_open
 from nemo_rl.checkpoint.headers import DTYPES, Entry, read_headers
 from nemo_rl.refit.layout import Holding, TensorTable
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import as_bytes
 
 
 def check(folder: str | Path, table: TensorTable, droppable: Collection[str] = ()) -> list[str]:
@@ -41,6 +42,30 @@ def read_into(holdings: Sequence[Holding], folder: str | Path) -> None:
         ValueError: before anything is read, all at once: tensors that are missing, do not contain the box or are no
             floating-point weights; missing or damaged files.
     """
+    with torch.no_grad():
+        for holding, part in _parts(holdings, folder):
+            holding.view.copy_(part)
+
+
+def differences(holdings: Sequence[Holding], folder: str | Path) -> list[str]:
+    """Boxes whose bytes are not those of the checkpoint, converted to the view's dtype; each with tensor and counts.
+
+    Raises:
+        ValueError: as `read_into`.
+    """
+    wrong = []
+    for holding, part in _parts(holdings, folder):
+        held, due = (as_bytes(t.to("cpu").contiguous()) for t in (holding.view, part.to(holding.view.dtype)))
+        unequal = (held != due).view(holding.region.volume, -1).any(1) if len(held) else held
+        if count := int(unequal.sum()):
+            wrong.append(
+                f"{holding.fqn} {holding.region}: {count} of {len(unequal)} elements are not those of {folder}"
+            )
+    return wrong
+
+
+def _parts(holdings: Sequence[Holding], folder: str | Path) -> Iterator[tuple[Holding, torch.Tensor]]:
+    """Every holding with its box of the checkpoint, file by file. Raises ValueError before the first."""
     entries, problems = read_headers(folder)
     ends: dict[str, tuple[int, ...]] = {}
     for holding in holdings:
@@ -53,11 +78,10 @@ def read_into(holdings: Sequence[Holding], folder: str | Path) -> None:
     for holding in holdings:
         by_file.setdefault(entries[holding.fqn].path, []).append(holding)
     for path, mine in by_file.items():
-        with safe_open(path, framework="pt") as file, torch.no_grad():
+        with safe_open(path, framework="pt") as file:
             for holding in mine:
                 index = holding.region.slices_in(Region.whole(entries[holding.fqn].shape))
-                part = file.get_slice(holding.fqn)[index] if index else file.get_tensor(holding.fqn)
-                holding.view.copy_(part)
+                yield holding, file.get_slice(holding.fqn)[index] if index else file.get_tensor(holding.fqn)
 
 
 def _mismatches(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nemo_rl.refit.base import Declaration
+from nemo_rl.refit.base import Declaration, Source
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import AgreementError, PlanError
 from nemo_rl.refit.layout import Layout, TensorTable
@@ -32,22 +32,24 @@ class Declared:
         table: every tensor that they export, in natural order.
         sources: trainer rank -> layout; replicas share one object.
         unused: tensors that they do not export, with the reason.
+        problems: what must refuse the plan, with the trainer's name.
     """
 
     table: TensorTable
     sources: Mapping[int, Layout]
     unused: Mapping[str, str]
+    problems: tuple[str, ...]
 
 
-def share_sources(
-    control: Control, table: TensorTable | None, layout: Layout | None, unused: Mapping[str, str]
-) -> Declared:
-    """Every rank calls it, trainers with what they hold, the others with None.
+def share_sources(control: Control, source: Source | None, layout: Layout | None, problems: Sequence[str]) -> Declared:
+    """Every rank calls it, trainers with what they hold (`layout`: of its holdings), the others with None.
 
     Raises:
         PlanError: trainers do not build the same model.
     """
-    mine = () if table is None or layout is None else (pack_table(table), pack_source(layout, unused))
+    mine: tuple[bytes, ...] = ()
+    if source is not None and layout is not None:
+        mine = pack_table(source.table()), pack_source(layout, source.unused(), problems)
     keys, blobs = _exchange(control, "declare", mine)
     world = control.world
     first = world.trainers[0]
@@ -60,8 +62,12 @@ def share_sources(
             remedy="all trainer ranks must build the same model",
         )
     said = _decoded(unpack_source, {r: keys[r][1] for r in world.trainers}, blobs)
-    unused = {name: reason for _, given in said.values() for name, reason in given.items()}
-    return Declared(unpack_table(blobs[keys[first][0]]), {r: layout for r, (layout, _) in said.items()}, unused)
+    return Declared(
+        table=unpack_table(blobs[keys[first][0]]),
+        sources={r: layout for r, (layout, _, _) in said.items()},
+        unused={name: reason for _, given, _ in said.values() for name, reason in given.items()},
+        problems=tuple(f"{world.describe(r)}: {text}" for r, (_, _, found) in said.items() for text in found),
+    )
 
 
 def share_declarations(control: Control, declaration: Declaration | None) -> dict[int, Declaration]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nemo_rl.refit.digest import Ledger
+from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import MiscBuffer, RefitPlan
 from nemo_rl.refit.region import Region
@@ -67,8 +68,8 @@ class RootSink:
 class Receiver:
     """A generator's end: yields whole tensors as buffers arrive and keeps the digests of what arrived."""
 
-    def __init__(self, plan: RefitPlan, transport: Transport, deadline_s: float, verify: bool) -> None:
-        self._plan, self._transport, self._verify = plan, transport, verify
+    def __init__(self, plan: RefitPlan, rank: int, transport: Transport, deadline_s: float, verify: bool) -> None:
+        self._plan, self._rank, self._transport, self._verify = plan, rank, transport, verify
         self._end = time.monotonic() + deadline_s
         self.ledger = Ledger(len(plan.misc))
         self.staging_bytes = 0
@@ -82,8 +83,7 @@ class Receiver:
         for buffer in self._plan.misc_buffers:
             memory = torch.empty(buffer.num_bytes, dtype=torch.uint8)
             if buffer.num_bytes:  # a buffer of empty tensors does not travel
-                work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
-                work.wait(self._end - time.monotonic())
+                self._receive(buffer, memory)
             self.received_bytes += buffer.num_bytes
             tensors = unpack(self._plan, buffer, memory)
             if self._verify:
@@ -91,6 +91,21 @@ class Receiver:
             yield from tensors.items()
             del memory, tensors  # before the next buffer is made
         self.exhausted = True
+
+    def _receive(self, buffer: MiscBuffer, memory: torch.Tensor) -> None:
+        plan = self._plan
+        work = self._transport.broadcast(memory, plan.misc_root, audience(plan))
+        try:
+            work.wait(self._end - time.monotonic())
+        except RuntimeError as error:
+            names = ", ".join(buffer.fqns[:4]) + (f" and {len(buffer.fqns) - 4} more" if len(buffer.fqns) > 4 else "")
+            root = plan.world.describe(plan.misc_root)
+            raise TransferError(
+                f"receiving whole tensors {names} ({buffer.num_bytes} bytes) from {root}: {error}",
+                rank=self._rank,
+                phase="misc",
+                remedy=f"check whether {root} is alive and reachable; remake the session",
+            ) from error
 
     def _digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
         copies = self._plan.misc

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -119,15 +119,18 @@ class RefitSession:
                 transport = GlooTransport(control.store, self.rank, self.world.size, deadline)
                 self._link_or_none = _Link(control, transport)
 
-    def plan(self) -> RefitPlan:
+    def plan(self, problems: Sequence[str] = ()) -> RefitPlan:
         """Declare this rank's layout, join all layouts, prove the plan and agree on it.
+
+        Args:
+            problems: what a trainer knows to be wrong with its weights; any of them refuses the plan on all ranks.
 
         Raises:
             PlanError: the layouts do not join; every violation by name.
             AgreementError: ranks hold different plans or options.
         """
         with self._guarded("declare"):
-            said = self._declare_source()
+            said = self._declare_source(problems)
             declaration = None if self._landing is None else self._landing.declare(said.table)
             declarations = share_declarations(self._link.control, declaration)
         with self._guarded("plan"):
@@ -141,14 +144,13 @@ class RefitSession:
             self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, pipeline)
         return plan
 
-    def _declare_source(self) -> Declared:
-        if self._source is None:
-            return share_sources(self._link.control, None, None, {})
-        table = self._source.table()
-        self._holdings = list(self._source.holdings())
-        self._check_devices()
-        layout = Layout.from_holdings(self._holdings, table)
-        return share_sources(self._link.control, table, layout, self._source.unused())
+    def _declare_source(self, problems: Sequence[str]) -> Declared:
+        layout = None
+        if self._source is not None:
+            self._holdings = list(self._source.holdings())
+            self._check_devices()
+            layout = Layout.from_holdings(self._holdings, self._source.table())
+        return share_sources(self._link.control, self._source, layout, problems)
 
     def _check_devices(self) -> None:
         away = next((h for h in self._holdings if h.view.device.type != "cpu"), None)
@@ -162,6 +164,8 @@ class RefitSession:
 
     def _join(self, said: Declared, declarations: Mapping[int, Declaration]) -> RefitPlan:
         try:
+            if said.problems:
+                raise Refusal(said.problems)
             return plan_refit(
                 self.world,
                 said.sources,
@@ -310,7 +314,7 @@ class RefitSession:
         if not agreed.plan.misc_fqns:
             return Traffic(), Ledger(0)
         if self._landing is not None:
-            receiver = misc.Receiver(agreed.plan, transport, deadline, self.options.verify)
+            receiver = misc.Receiver(agreed.plan, self.rank, transport, deadline, self.options.verify)
             self._landing.load_misc(receiver.tensors())
             if not receiver.exhausted:
                 raise TransferError(

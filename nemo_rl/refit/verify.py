@@ -4,7 +4,7 @@ What is compared:
 - every copy that landed, with what its trainer held when the refit began;
 - what a trainer holds after the transfer, with what it held when the refit began: a source that changes meanwhile
   would hand out pieces of two versions;
-- trainer replicas with each other: where they differ, no generator can be right.
+- whatever several trainers hold, with each other: where they differ, no generator can be right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_rl.refit.boxes import Boxes
+from nemo_rl.refit.boxes import Boxes, overlaps
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.packed import pack, unpack
@@ -23,34 +23,50 @@ from nemo_rl.refit.region import Region
 
 
 @dataclass(frozen=True, eq=False)
-class Replicas:
-    """Source rows whose box an earlier trainer (`first_rank`, `first_row`) holds too."""
+class Shared:
+    """Boxes that two rows of trainers hold, columnar: row `row` of `rank` and row `first_row` of `first_rank`.
+
+    Of rows with equal boxes, each is paired with the first; rows whose boxes meet without being equal are paired over
+    what they have in common.
+    """
 
     first_rank: np.ndarray
     first_row: np.ndarray
     rank: np.ndarray
     row: np.ndarray
+    tensor: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
 
     @classmethod
-    def of(cls, plan: RefitPlan, sources: Mapping[int, Layout]) -> Replicas:
-        """Boxes that are equal; boxes that merely overlap are not compared."""
+    def of(cls, plan: RefitPlan, sources: Mapping[int, Layout]) -> Shared:
         index = {name: i for i, name in enumerate(plan.table)}
         ndim = max((len(m.shape) for m in plan.table.values()), default=0)
         held = Boxes.of(sources, index, ndim)
         key = np.column_stack([held.tensor, held.offsets, held.sizes])
         _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
-        first = first[group.reshape(-1)]
-        rows = np.flatnonzero(first != np.arange(len(held)))
-        first = first[rows]
-        return cls(held.rank[first], held.row[first], held.rank[rows], held.row[rows])
+        same = first[group.reshape(-1)]
+        again = np.flatnonzero(same != np.arange(len(held)))
+        distinct = held.take(first)
+        a, b, offsets, sizes = overlaps(distinct, distinct)
+        crossing = a < b
+        one = np.concatenate([same[again], first[a[crossing]]])
+        two = np.concatenate([again, first[b[crossing]]])
+        offsets = np.concatenate([held.offsets[again], offsets[crossing]])
+        sizes = np.concatenate([held.sizes[again], sizes[crossing]])
+        return cls(held.rank[one], held.row[one], held.rank[two], held.row[two], held.tensor[one], offsets, sizes)
 
 
 @dataclass(frozen=True, eq=False)
-class _Sent:
-    """Copies that one rank sends, in the plan's order: number of the piece, receiving rank."""
+class _Own:
+    """Pieces of this rank that a comparison takes, in an order that both ends know: number, and the other end."""
 
     number: np.ndarray
-    to: np.ndarray
+    peer: np.ndarray
+
+    def with_peer(self, rank: int) -> np.ndarray:
+        chosen: np.ndarray = self.number[self.peer == rank]
+        return chosen
 
 
 class Verifier:
@@ -58,11 +74,12 @@ class Verifier:
 
     def __init__(self, plan: RefitPlan, rank: int, sources: Mapping[int, Layout]) -> None:
         self._plan, self._rank, self._source = plan, rank, sources.get(rank)
-        self._replicas = Replicas.of(plan, sources)
         self._pieces: list[tuple[int, Region]] = []  # of the source: row and region; equal ones are read once
         self._numbers: dict[tuple[int, Region], int] = {}
         self._bulk, self._misc = self._note_copies(plan.bulk), self._note_copies(plan.misc)
-        self._rows = {row: self._note(row, sources[rank].region(row)) for row in self._shared_rows()}
+        shared = Shared.of(plan, sources)
+        self._told = self._note_shared(shared, shared.first_rank, shared.first_row, shared.rank)
+        self._asked = self._note_shared(shared, shared.rank, shared.row, shared.first_rank)
 
     def _note(self, row: int, region: Region) -> int:
         if (row, region) not in self._numbers:
@@ -70,18 +87,22 @@ class Verifier:
             self._pieces.append((row, region))
         return self._numbers[row, region]
 
-    def _note_copies(self, copies: CopyTable) -> _Sent:
+    def _note_copies(self, copies: CopyTable) -> _Own:
         mine = np.flatnonzero(copies.src_rank == self._rank)
         numbers = [self._note(int(copies.src_row[i]), self._plan.region(copies, i)) for i in mine.tolist()]
-        return _Sent(np.array(numbers, np.int64), copies.dst_rank[mine])
+        return _Own(np.array(numbers, np.int64), copies.dst_rank[mine])
 
-    def _shared_rows(self) -> list[int]:
-        own, first = self._replicas.rank == self._rank, self._replicas.first_rank == self._rank
-        rows: list[int] = [*self._replicas.row[own].tolist(), *self._replicas.first_row[first].tolist()]
-        return rows
+    def _note_shared(self, shared: Shared, rank: np.ndarray, row: np.ndarray, peer: np.ndarray) -> _Own:
+        mine = np.flatnonzero(rank == self._rank)
+        numbers = [self._note(int(row[i]), self._region(shared, i)) for i in mine.tolist()]
+        return _Own(np.array(numbers, np.int64), peer[mine])
+
+    def _region(self, shared: Shared, index: int) -> Region:
+        ndim = len(self._plan.table[self._plan.names[shared.tensor[index]]].shape)
+        return Region(tuple(shared.offsets[index, :ndim].tolist()), tuple(shared.sizes[index, :ndim].tolist()))
 
     def look(self, holdings: Sequence[Holding]) -> np.ndarray:
-        """Digests of all that this rank sends or shares with other trainers; int64, one a piece."""
+        """Digests of all that this rank sends or holds like another row; int64, one a piece."""
         ledger = Ledger(len(self._pieces))
         for number, (row, region) in enumerate(self._pieces):
             holding = holdings[row]
@@ -100,18 +121,16 @@ class Verifier:
 
     def statements(self, held: np.ndarray) -> dict[int, bytes]:
         """What this trainer says to each rank that compares something with it."""
-        world, replicas = self._plan.world, self._replicas
-        readers = {*replicas.rank[replicas.first_rank == self._rank].tolist(), *self._bulk.to.tolist()}
-        readers |= {*world.generators} if len(self._misc.number) else set()
+        everyone = self._plan.world.generators
+        readers = {*self._bulk.peer.tolist(), *self._told.peer.tolist(), *(everyone if len(self._misc.number) else ())}
         said = {}
         for peer in sorted(readers):
-            shared = replicas.first_row[(replicas.first_rank == self._rank) & (replicas.rank == peer)]
-            arrays = {
-                "bulk": held[self._bulk.number[self._bulk.to == peer]],
-                "misc": held[self._misc.number] if peer in world.generators else held[:0],
-                "shared": held[[self._rows[row] for row in shared.tolist()]],
+            numbers = {
+                "bulk": self._bulk.with_peer(peer),
+                "misc": self._misc.number if peer in everyone else self._misc.number[:0],
+                "shared": self._told.with_peer(peer),
             }
-            said[peer] = pack(None, arrays)
+            said[peer] = pack(None, {name: held[number] for name, number in numbers.items()})
         return said
 
     @property
@@ -119,7 +138,7 @@ class Verifier:
         """Trainers whose statements this rank compares with what it has."""
         plan = self._plan
         ranks = {*plan.bulk.src_rank[plan.bulk.dst_rank == self._rank].tolist()}
-        ranks |= {*self._replicas.first_rank[self._replicas.rank == self._rank].tolist()}
+        ranks |= {*self._asked.peer.tolist()}
         if self._rank in plan.world.generators:
             ranks |= {*plan.misc.src_rank.tolist()}
         return tuple(sorted(ranks))
@@ -133,23 +152,27 @@ class Verifier:
             bulk, misc: what landed here, numbered by the copies of the plan that land here; one without a digest
                 differs.
         """
-        wrong = []
+        plan, wrong = self._plan, []
+        whole = np.full(len(plan.misc), self._rank in plan.world.generators)  # gathered at the root, for all of them
+        landed = (
+            ("bulk", plan.bulk, np.flatnonzero(plan.bulk.dst_rank == self._rank), bulk.read(), bulk.taken),
+            ("misc", plan.misc, np.flatnonzero(whole), misc.read(), misc.taken),
+        )
         for peer in self.peers:
-            _, theirs = unpack(said[peer])
-            wrong += self._unequal_replicas(peer, theirs["shared"], held)
-            wrong += self._unequal(peer, self._plan.bulk, self._plan.bulk.dst_rank == self._rank, theirs["bulk"], bulk)
-            if self._rank in self._plan.world.generators:
-                everything = np.ones(len(self._plan.misc), bool)
-                wrong += self._unequal(peer, self._plan.misc, everything, theirs["misc"], misc)
+            _, want = unpack(said[peer])
+            wrong += self._unequal_shared(peer, want["shared"], held)
+            for name, copies, mine, got, taken in landed:
+                wrong += self._unequal(peer, want[name], copies, mine, got, taken)
         return wrong
 
-    def _unequal(self, peer: int, copies: CopyTable, due: np.ndarray, want: np.ndarray, landed: Ledger) -> list[str]:
-        """Copies `due` on this rank, those from `peer`: one digest of `want` for each, in the plan's order."""
-        mine = np.flatnonzero(due)
+    def _unequal(
+        self, peer: int, want: np.ndarray, copies: CopyTable, mine: np.ndarray, got: np.ndarray, taken: np.ndarray
+    ) -> list[str]:
+        """Of copies `mine`, with digests `got`, those from `peer`; `want` has one digest for each, in order."""
         numbers = np.flatnonzero(copies.src_rank[mine] == peer)
         if len(numbers) != len(want):
             return [f"{self._plan.world.describe(peer)} sent {len(want)} digests for {len(numbers)} copies"]
-        got, taken = landed.read()[numbers], landed.taken[numbers]
+        got, taken = got[numbers], taken[numbers]
         wrong = []
         for i in np.flatnonzero((got != want) | ~taken).tolist():
             copy = self._plan.copy(copies, int(mine[numbers[i]]))
@@ -159,16 +182,17 @@ class Verifier:
             )
         return wrong
 
-    def _unequal_replicas(self, peer: int, want: np.ndarray, held: np.ndarray | None) -> list[str]:
-        rows = self._replicas.row[(self._replicas.rank == self._rank) & (self._replicas.first_rank == peer)]
-        if len(rows) != len(want):
-            return [f"{self._plan.world.describe(peer)} sent {len(want)} digests for {len(rows)} shared boxes"]
-        if not len(rows):
+    def _unequal_shared(self, peer: int, want: np.ndarray, held: np.ndarray | None) -> list[str]:
+        numbers = self._asked.with_peer(peer)
+        if len(numbers) != len(want):
+            return [f"{self._plan.world.describe(peer)} sent {len(want)} digests for {len(numbers)} shared boxes"]
+        if held is None or self._source is None:
             return []
-        assert held is not None and self._source is not None
-        got = held[[self._rows[row] for row in rows.tolist()]]
-        return [
-            f"{self._source.fqn(rows[i])} {self._source.region(rows[i])}: {self._plan.world.describe(peer)} holds "
-            f"digest {want[i]}, its replica {self._plan.world.describe(self._rank)} {got[i]}"
-            for i in np.flatnonzero(got != want).tolist()
-        ]
+        got, wrong = held[numbers], []
+        for i in np.flatnonzero(got != want).tolist():
+            row, region = self._pieces[numbers[i]]
+            wrong.append(
+                f"{self._source.fqn(row)} {region}: {self._plan.world.describe(peer)} holds digest {want[i]}, its "
+                f"replica {self._plan.world.describe(self._rank)} {got[i]}"
+            )
+        return wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,15 @@ def unpack_table(data: bytes) -> TensorTable:
     return {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in json.loads(data)}
 
 
-def pack_source(layout: Layout, unused: Mapping[str, str]) -> bytes:
-    """A trainer's statement: what it holds, what it does not export and why."""
-    return _pack({"unused": dict(unused)}, layout)
+def pack_source(layout: Layout, unused: Mapping[str, str], problems: Sequence[str]) -> bytes:
+    """A trainer's statement: what it holds, what it does not export and why, what must refuse the plan."""
+    return _pack({"unused": dict(unused), "problems": list(problems)}, layout)
 
 
-def unpack_source(data: bytes) -> tuple[Layout, dict[str, str]]:
+def unpack_source(data: bytes) -> tuple[Layout, dict[str, str], list[str]]:
     """Inverse of `pack_source`. Raises ValueError where the bytes are damaged."""
     head, layout = _unpack(data)
-    return layout, head["unused"]
+    return layout, head["unused"], head["problems"]
 
 
 def pack_declaration(declaration: Declaration) -> bytes:

@@ -66,7 +66,7 @@ class TrainerActor:
 
     def refit_plan(self) -> str:
         """Declare, plan and agree; the plan, described."""
-        return self._connected.plan().describe()
+        return self._connected.plan(self._ready.weight_problems()).describe()
 
     def refit(self, version: int) -> RefitReport:
         """Move the weights as `version`. Raises RefitError."""

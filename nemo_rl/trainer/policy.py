@@ -45,6 +45,7 @@ class TrainerConfig:
         precision: of the weights, `float32` or `bfloat16` (then with float32 main weights in the optimizer).
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
+        verify_against_checkpoint: have `weight_problems` read the checkpoint again.
         deadline_s: longest that any collective between trainers may take.
     """
 
@@ -61,6 +62,7 @@ class TrainerConfig:
     logprob_batch_size: int = 128
     seed: int = 42
     keep_reference: bool = True
+    verify_against_checkpoint: bool = False
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class MegatronPolicy:
     """
 
     def __init__(self, config: TrainerConfig, rank: int, init_method: str) -> None:
-        self.config, self.rank = config, rank
+        self.config, self.rank, self._stepped = config, rank, False
         self._dtype = PRECISIONS[config.precision]
         hf_config = read_config(config.model_path)
         problems = check_parallel(hf_config, config.parallel)
@@ -227,6 +229,7 @@ class MegatronPolicy:
             self._optimizer.zero_grad()
             self._run(input_ids, batches, part, temperature, forward_only=False)
             self._check_gradients()
+            self._stepped = True
             updated, grad_norm, _ = self._optimizer.step()
         if not updated:
             raise RuntimeError(f"trainer rank {self.rank}: Megatron's optimizer skipped the step (norm {grad_norm})")
@@ -316,6 +319,12 @@ class MegatronPolicy:
     def source(self) -> MegatronSource:
         """This rank's side of a refit."""
         return self._source
+
+    def weight_problems(self) -> list[str]:
+        """Boxes of this rank that are not the checkpoint's, where the configuration asks and no step was made."""
+        if self._stepped or not self.config.verify_against_checkpoint:
+            return []
+        return checkpoint.differences(self._source.holdings(), self.config.model_path)
 
     def export(self, folder: str) -> None:
         """Write the whole model as a Hugging Face checkpoint, with the configuration and tokenizer it came with.

@@ -169,3 +169,14 @@ def test_a_failed_write_leaves_no_complete_folder(
     with pytest.raises(OSError, match=r"export to .*out failed: model.safetensors"):
         checkpoint.write(whole(tensors), TABLE, out, beside=folder)
     assert not (out / "config.json").exists()
+
+
+def test_differences_are_told_by_box_and_bit(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    mine = [box("a.weight", (2, 1), (3, 2)), box("b.bias", (4,), (1,), torch.bfloat16), box("b.bias", (5,), (0,))]
+    checkpoint.read_into(mine, folder)
+    assert checkpoint.differences([*mine, *whole(tensors)], folder) == []
+    mine[0].view[1, 1] = -mine[0].view[1, 1]
+    found = checkpoint.differences(mine, folder)
+    assert found == [f"a.weight [2:5, 1:3]: 1 of 6 elements are not those of {folder}"]
+    tensors["c.weight"].view(torch.int32)[0, 0, 0] ^= 1
+    assert [text.split(":")[0] for text in checkpoint.differences(whole(tensors), folder)] == ["c.weight [0"]

@@ -72,6 +72,8 @@ class PlainLanding:
     misc: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     seed: int = 0
+    version: int = field(default=-1, init=False)
+    rejected: str = field(default="", init=False)
 
     def declare(self, table: TensorTable) -> Declaration:
         self.table = table
@@ -113,6 +115,12 @@ class PlainLanding:
 
     def reject(self, reason: str) -> None:
         self.rejected = reason
+
+    def serve(self) -> list[torch.Tensor]:
+        """What the generator would generate from. Raises RuntimeError where it refuses."""
+        if self.rejected or self.version == -1:
+            raise RuntimeError(f"the generator refuses: {self.rejected or 'it has no weights'}")
+        return self.storage
 
     def scramble(self) -> None:
         generator = torch.Generator().manual_seed(1234)

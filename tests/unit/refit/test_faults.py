@@ -98,20 +98,6 @@ def test_a_hook_that_fails_rejects_everywhere_and_soon(hook):
     assert all(landing.version == -1 for landing in landings) and time.monotonic() - started < 15
 
 
-def test_trainer_replicas_that_differ_are_caught():
-    table = make_table({"norm.w": ((16,), torch.float32), "w": ((4, 4), torch.bfloat16)})
-    full = model(table)
-    sources = [PlainSource.of(full, table, rows_of(table)) for _ in range(2)]
-    landings = [PlainLanding(rows_of(table)) for _ in range(2)]
-    sim = SimulatedWorld(sources, landings, FAST)
-    raise_any(sim.start())
-    raise_any(sim.refit(1))
-    sources[1].held[0].view.view(torch.int32)[3] ^= 1
-    results = sim.refit(2)
-    nobody_committed(results, landings)
-    assert any("norm.w" in str(r) and "replica" in str(r) and "trainer 1" in str(r) for r in results.values())
-
-
 def test_storage_that_moved_is_read_where_it_is():
     sim, sources, landings, _ = pair(PlainLanding)
     raise_any(sim.refit(1))
