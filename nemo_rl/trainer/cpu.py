@@ -57,9 +57,14 @@ def fill_in_missing_names() -> None:
     """Define what Megatron-Core 0.16.1 defines only beside Transformer Engine; on any device.
 
     The router's gating function looks the name `te_general_gemm` up without having imported it: every mixture of
-    experts fails with a NameError.
+    experts fails with a NameError. Latent attention takes a stand-in that is no class for Transformer Engine's linear
+    layer, and asks whether its own layers are instances of it.
     """
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
 
     if "te_general_gemm" not in vars(moe_utils):
         vars(moe_utils)["te_general_gemm"] = None

@@ -20,7 +20,8 @@ class MegatronSource:
     """The trainer's side of a refit; see `nemo_rl.refit.base.Source`.
 
     Make it when Megatron's DDP and optimizer exist: both may move parameters into buffers of their own. From then on
-    they update parameters in place, so that holdings stay valid over optimizer steps.
+    they update parameters in place, so that holdings stay valid over optimizer steps. A router's bias, which Megatron's
+    mixed-precision wrapper rounds, is brought back to float32 by asking Megatron for its state.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape, dtype: torch.dtype) -> None:

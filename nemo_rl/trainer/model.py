@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.trainer.families import family_of
+from nemo_rl.trainer.families import family_of, untrained
 from nemo_rl.trainer.pipeline import split_layers
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel
 
@@ -79,7 +79,7 @@ def check_parallel(hf_config: Any, parallel: Parallel) -> list[str]:
         shape = model_shape(hf_config)
     except UnsupportedModel as error:
         return [*_check_world(parallel, moe=True), *error.violations]
-    return [*check_layout(shape, parallel), *_check_trainable(parallel)]
+    return [*check_layout(shape, parallel), *_check_trainable(shape, parallel)]
 
 
 def check_layout(shape: ModelShape, parallel: Parallel) -> list[str]:
@@ -92,13 +92,15 @@ def check_layout(shape: ModelShape, parallel: Parallel) -> list[str]:
     ]
 
 
-def _check_trainable(parallel: Parallel) -> list[str]:
+def _check_trainable(shape: ModelShape, parallel: Parallel) -> list[str]:
     """What ranks could hold but the trainer does not run."""
+    bad = [f"{shape.architecture}: {text}" for text in untrained(shape)]
     if parallel.context == 1:
-        return []
+        return bad
     return [
+        *bad,
         f"context_parallel_size={parallel.context}: Megatron-Core splits sequences only with Transformer Engine's "
-        f"attention, which is not used here; set it to 1"
+        f"attention, which is not used here; set it to 1",
     ]
 
 
@@ -150,7 +152,7 @@ def _check_tensor(shape: ModelShape, parallel: Parallel) -> list[str]:
         bad.append(_divides("tensor_model_parallel_size", tp, shape.ffn_size, "columns of the MLP (FFN)"))
     if shape.shared_ffn_size % tp:
         bad.append(_divides("tensor_model_parallel_size", tp, shape.shared_ffn_size, "columns of the shared expert"))
-    if not shape.num_heads % tp and shape.qkv_rows % tp:
+    if shape.latent is None and not shape.num_heads % tp and shape.qkv_rows % tp:
         bad.append(_divides("tensor_model_parallel_size", tp, shape.qkv_rows, "rows of the fused q/k/v projection"))
     return bad
 

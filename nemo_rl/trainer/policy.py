@@ -43,6 +43,7 @@ class TrainerConfig:
     Attributes:
         model_path: a Hugging Face checkpoint folder.
         precision: of the weights, `float32` or `bfloat16` (then with float32 main weights in the optimizer).
+        router_bias_update_rate: how far a step moves the correction bias of a sigmoid router towards even loads.
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
         verify_against_checkpoint: have `weight_problems` read the checkpoint again.
@@ -58,6 +59,7 @@ class TrainerConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    router_bias_update_rate: float = 0.0
     micro_batch_size: int = 64
     logprob_batch_size: int = 128
     seed: int = 42
@@ -116,6 +118,7 @@ class MegatronPolicy:
         """Model, DDP, optimizer; then the weights, so that neither wrapper holds older ones."""
         config = gpt.transformer_config(self._shape, self.config.parallel, self._dtype)
         config.finalize_model_grads_func = _sum_gradients
+        config.moe_router_bias_update_rate = self.config.router_bias_update_rate
         self._sequence_multiple = self.config.parallel.tensor if config.sequence_parallel else 1
         self._chunks = gpt.build_chunks(config, self._shape, self.config.parallel)
         wrapped = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self._chunks]
@@ -186,7 +189,9 @@ class MegatronPolicy:
             self._fill(current)
 
     def _weights(self) -> list[torch.Tensor]:
-        return [p for chunk in self._chunks for p in chunk.parameters()]
+        """Everything that a checkpoint holds: parameters, and the routers' bias, which is a buffer."""
+        states = (chunk.state_dict(keep_vars=True).values() for chunk in self._chunks)
+        return [value for state in states for value in state if isinstance(value, torch.Tensor)]
 
     @torch.no_grad()
     def _fill(self, values: list[torch.Tensor]) -> None:

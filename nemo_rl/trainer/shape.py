@@ -8,6 +8,51 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention: queries (unless `query_rank` is None) and keys with values go through low ranks.
+
+    Attributes:
+        nope_dim, rope_dim: of a head's query and key, without and with rotary position.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """How a sigmoid router chooses experts; see the configuration of DeepSeek-V3.
+
+    Attributes:
+        num_groups, top_groups: experts are chosen from `top_groups` of `num_groups` groups.
+        scale: of the chosen experts' weights.
+    """
+
+    num_groups: int
+    top_groups: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """Stretched rotary position embedding; names as in Hugging Face's `rope_parameters`."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What a family rule and the model builder need to know.
 
@@ -17,6 +62,10 @@ class ModelShape:
         ffn_size: width of a dense layer's MLP.
         expert_ffn_size, shared_ffn_size: width of an expert and of the shared expert; 0 where there is none.
         top_k_renormalized: the chosen experts' weights add up to 1.
+        latent: where attention is latent; `head_dim` is then a query's and `num_kv_heads` is `num_heads`.
+        router: where it is a sigmoid router with a correction bias; None for softmax.
+        num_draft_layers: layers that predict tokens further ahead; they follow the others.
+        fp8_block: rows and columns of the blocks that share a scale, where linear weights are FP8.
     """
 
     architecture: str
@@ -39,6 +88,11 @@ class ModelShape:
     expert_ffn_size: int = 0
     shared_ffn_size: int = 0
     top_k_renormalized: bool = True
+    latent: LatentAttention | None = None
+    router: Router | None = None
+    yarn: Yarn | None = None
+    num_draft_layers: int = 0
+    fp8_block: tuple[int, int] | None = None
 
     @property
     def is_moe(self) -> bool:
@@ -62,43 +116,6 @@ class UnsupportedModel(ValueError):
         super().__init__("; ".join(violations))
 
 
-def read_qwen(hf: Any) -> ModelShape:
-    """Shape of a Qwen2, Qwen2-MoE, Qwen3 or Qwen3-MoE configuration.
-
-    Raises:
-        UnsupportedModel: it asks for what the rule or the builder does not do; all of it at once.
-    """
-    name = architecture_of(hf)
-    bad = _unsupported(hf)
-    if bad:
-        raise UnsupportedModel([f"{name}: {text}" for text in bad])
-    qwen2, moe = name.startswith("Qwen2"), "Moe" in name
-    layers, heads = hf.num_hidden_layers, hf.num_attention_heads
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    return ModelShape(
-        architecture=name,
-        num_layers=layers,
-        hidden_size=hf.hidden_size,
-        num_heads=heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=head_dim,
-        ffn_size=hf.intermediate_size,
-        vocab_size=hf.vocab_size,
-        max_positions=hf.max_position_embeddings,
-        rope_theta=_rope(hf)[1],
-        norm_eps=hf.rms_norm_eps,
-        tied_embeddings=bool(hf.tie_word_embeddings),
-        qkv_bias=bool(getattr(hf, "qkv_bias", True)) if qwen2 else False,
-        qk_norm=not qwen2,
-        sparse_layers=_sparse_layers(hf) if moe else (False,) * layers,
-        num_experts=hf.num_experts if moe else 0,
-        experts_per_token=hf.num_experts_per_tok if moe else 0,
-        expert_ffn_size=hf.moe_intermediate_size if moe else 0,
-        shared_ffn_size=hf.shared_expert_intermediate_size if moe and qwen2 else 0,
-        top_k_renormalized=bool(hf.norm_topk_prob) if moe else True,
-    )
-
-
 def architecture_of(hf: Any) -> str:
     """The model class that a configuration names. Raises UnsupportedModel where it names none or several."""
     names = list(getattr(hf, "architectures", None) or [])
@@ -107,35 +124,13 @@ def architecture_of(hf: Any) -> str:
     return str(names[0])
 
 
-def _sparse_layers(hf: Any) -> tuple[bool, ...]:
-    dense = set(hf.mlp_only_layers or [])
-    step = hf.decoder_sparse_step
-    return tuple(i not in dense and (i + 1) % step == 0 for i in range(hf.num_hidden_layers))
+def rope_parameters(hf: Any) -> dict[str, Any]:
+    """Where transformers 5 or transformers 4 keeps what is said of the rotary embedding."""
+    return dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
 
 
-def _rope(hf: Any) -> tuple[str, float]:
-    """Kind and base of the rotary embedding, where transformers 5 or transformers 4 keeps them."""
-    given = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+def rope_of(hf: Any) -> tuple[str, float]:
+    """Kind and base of the rotary embedding."""
+    given = rope_parameters(hf)
     theta = given.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0
     return str(given.get("rope_type") or given.get("type") or "default"), float(theta)
-
-
-def _unsupported(hf: Any) -> list[str]:
-    bad = []
-    if hf.hidden_act != "silu":
-        bad.append(f"hidden_act={hf.hidden_act!r} is not silu; choose a model with a gated silu MLP")
-    if getattr(hf, "use_sliding_window", False):
-        bad.append("use_sliding_window=true is not trained here; set it to false where contexts are short enough")
-    if getattr(hf, "attention_bias", False):
-        bad.append("attention_bias=true is not covered by the family rule; choose a model without it")
-    if _rope(hf)[0] != "default":
-        bad.append(
-            f"rope_type={_rope(hf)[0]!r} is not trained here; remove rope_scaling where contexts are short enough"
-        )
-    if getattr(hf, "quantization_config", None):
-        bad.append("the checkpoint is quantized; use the unquantized one")
-    if getattr(hf, "num_experts", 0) and hf.num_experts_per_tok == 1 and hf.norm_topk_prob:
-        bad.append(
-            "num_experts_per_tok=1 with norm_topk_prob=true has no gradient to the router; set norm_topk_prob=false"
-        )
-    return bad

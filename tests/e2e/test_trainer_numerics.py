@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
-from tests.unit.trainer.models import logits_of, save_reference
-from tests.unit.trainer.probe import probe, refuse, resume, same_checkpoint, step_fails, unchecked
+from tests.unit.trainer.models import logits_of, make_config, save_reference
+from tests.unit.trainer.probe import (
+    load_and_export,
+    move_bias,
+    probe,
+    refuse,
+    resume,
+    same_checkpoint,
+    step_fails,
+    unchecked,
+)
 from tests.unit.trainer.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(240)
@@ -40,6 +51,12 @@ LAYOUTS: dict[str, tuple[str, Parallel]] = {
     "tied and padded, TP2, 1 key/value head": ("biased", Parallel(2, tensor=2)),
     "tied, PP2": ("biased", Parallel(2, pipeline=2, pipeline_layers=(2, 1))),
     "tied and padded, TP2 with sequence parallelism": ("biased", Parallel(2, tensor=2, sequence_parallel=True)),
+    "latent, TP2 x EP2": ("latent", Parallel(2, tensor=2, expert=2)),
+    "latent, EP2 x PP2": ("latent", Parallel(4, pipeline=2, expert=2, pipeline_layers=(1, 2))),
+    "latent, full-rank queries, stretched positions, TP2 x ETP2": (
+        "stretched",
+        Parallel(2, tensor=2, expert_tensor=2),
+    ),
     "shared expert, EP2 x TP2": ("shared", Parallel(2, tensor=2, expert=2)),
 }
 
@@ -115,7 +132,7 @@ def test_micro_batches_do_not_change_a_step(model: Model, out: Path, name: str) 
     assert float((one["after"] - two["after"]).abs().max()) < 2e-3
 
 
-@pytest.mark.parametrize("name", ["dense TP2", "moe EP2 x TP2"])
+@pytest.mark.parametrize("name", ["dense TP2", "moe EP2 x TP2", "latent, TP2 x EP2"])
 def test_bfloat16_stays_near(model: Model, out: Path, name: str) -> None:
     kind, parallel = LAYOUTS[name]
     rounded = partial(probe, precision="bfloat16")
@@ -124,6 +141,35 @@ def test_bfloat16_stays_near(model: Model, out: Path, name: str) -> None:
     assert said["loss"] < 0.02
     assert said["stable"] and said["restored"]
     assert said["moved"] > 1e-2
+
+
+def test_a_routers_bias_is_held_alive_in_float32(model: Model) -> None:
+    for biases in run_ranks(move_bias, 2, str(model("latent")), Parallel(2, tensor=2, expert=2)):
+        assert [fqn for fqn, _, _ in biases] == [f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2)]
+        assert all(alive and abs(moved - 0.125) < 1e-6 for _, alive, moved in biases)
+
+
+def test_draft_layers_are_held_and_change_nothing(model: Model, out: Path, tmp_path: Path) -> None:
+    plain, drafting = tmp_path / "plain", tmp_path / "drafting"
+    for folder, count in ((plain, 0), (drafting, 1)):
+        config = make_config("latent", num_nextn_predict_layers=count)
+        config.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text("{}")
+        table = families.table(model_shape(config), torch.float32)
+        tensors = {
+            f: torch.randn(m.shape, generator=torch.Generator().manual_seed(zlib.crc32(f.encode()))) / 8
+            for f, m in table.items()
+        }
+        for name in ("embed_tokens", "shared_head.head"):
+            original = "lm_head.weight" if "head" in name else "model.embed_tokens.weight"
+            if count:
+                tensors[f"model.layers.3.{name}.weight"] = tensors[original].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layout = Parallel(2, pipeline=2, pipeline_layers=(1, 2))
+    with_draft = run_ranks(load_and_export, 2, str(drafting), layout, str(out))[0]
+    without = run_ranks(load_and_export, 1, str(plain), Parallel(1), str(tmp_path / "again"))[0]
+    assert float((with_draft - without).abs().max()) < 2e-6
+    assert same_checkpoint(str(drafting), str(out))
 
 
 def test_the_refused_expert_layout_would_train_wrongly(model: Model, out: Path) -> None:

@@ -15,13 +15,15 @@ import torch
 from nemo_rl.refit.layout import TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer.families.base import EMBEDDING, HEAD, Box, Family, Shape, Weight
+from nemo_rl.trainer.families.deepseek import DEEPSEEK
 from nemo_rl.trainer.families.qwen import QWEN
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of
 
 __all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Box", "Family", "Shape", "Weight"]
-__all__ += ["boxes", "dtype_of", "droppable", "family_of", "parts", "table", "weights"]
+__all__ += ["boxes", "dtype_of", "droppable", "family_of", "parts", "table", "untrained", "weights"]
 
 FAMILIES: Mapping[str, Family] = {
+    "DeepseekV3ForCausalLM": DEEPSEEK,
     "Qwen2ForCausalLM": QWEN,
     "Qwen2MoeForCausalLM": QWEN,
     "Qwen3ForCausalLM": QWEN,
@@ -52,6 +54,11 @@ def dtype_of(shape: ModelShape, fqn: str, dtype: torch.dtype) -> torch.dtype:
 def droppable(shape: ModelShape) -> frozenset[str]:
     """Names that a checkpoint of the model may hold beside those of `table`."""
     return FAMILIES[shape.architecture].droppable(shape)
+
+
+def untrained(shape: ModelShape) -> list[str]:
+    """What ranks can hold of the model but the trainer does not run, each with a remedy."""
+    return FAMILIES[shape.architecture].untrained(shape)
 
 
 def weights(shape: ModelShape, padded_vocabulary: int) -> Iterator[Weight]:

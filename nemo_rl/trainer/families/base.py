@@ -64,6 +64,7 @@ class Family:
         weights: Megatron's tensors of a model whose vocabulary is padded to the given number of rows.
         droppable: names that a checkpoint may hold beside `tensors` without changing the model.
         float32: whether a tensor stays in float32 whatever the model's dtype.
+        untrained: what ranks can hold but the trainer does not run, each with a remedy.
     """
 
     read: Callable[[Any], ModelShape]
@@ -72,6 +73,7 @@ class Family:
     weights: Callable[[ModelShape, int], Iterator[Weight]]
     droppable: Callable[[ModelShape], frozenset[str]]
     float32: Callable[[str], bool] = lambda fqn: False
+    untrained: Callable[[ModelShape], list[str]] = lambda shape: []
 
 
 def whole(fqn: str, size: Shape) -> Box:
@@ -135,9 +137,12 @@ def expert_weights(shape: ModelShape, prefix: str, layer: int) -> Iterator[Weigh
 
 
 def end_weights(shape: ModelShape, padded: int, final_norm: str = "decoder.final_layernorm.weight") -> Iterator[Weight]:
-    """Embedding, last norm and output layer; a tied output layer is the embedding again."""
+    """Embedding, last norm and output layer; a tied output layer is the embedding again.
+
+    Draft layers read what the norm gives, so that with them it stands with the last layer instead of with the head.
+    """
     embedding = "embedding.word_embeddings.weight"
     yield Weight(embedding, (padded, shape.hidden_size), EMBEDDING, 0)
-    yield Weight(final_norm, (shape.hidden_size,), HEAD)
+    yield Weight(final_norm, (shape.hidden_size,), shape.num_layers - 1 if shape.num_draft_layers else HEAD)
     output = embedding if shape.tied_embeddings else "output_layer.weight"
     yield Weight(output, (padded, shape.hidden_size), HEAD, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from nemo_rl.trainer.families.base import (
     Box,
@@ -19,7 +20,7 @@ from nemo_rl.trainer.families.base import (
     vocabulary,
     whole,
 )
-from nemo_rl.trainer.shape import ModelShape, read_qwen
+from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of, rope_of
 
 _VOCABULARY = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
 
@@ -129,4 +130,68 @@ def _droppable(shape: ModelShape) -> frozenset[str]:
     return frozenset({"lm_head.weight"} if shape.tied_embeddings else ())
 
 
-QWEN = Family(read_qwen, _tensors, _rule, _weights, _droppable)
+def _read(hf: Any) -> ModelShape:
+    """Shape of a Qwen2, Qwen2-MoE, Qwen3 or Qwen3-MoE configuration.
+
+    Raises:
+        UnsupportedModel: it asks for what the rule or the builder does not do; all of it at once.
+    """
+    name = architecture_of(hf)
+    bad = _unsupported(hf)
+    if bad:
+        raise UnsupportedModel([f"{name}: {text}" for text in bad])
+    qwen2, moe = name.startswith("Qwen2"), "Moe" in name
+    layers, heads = hf.num_hidden_layers, hf.num_attention_heads
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    return ModelShape(
+        architecture=name,
+        num_layers=layers,
+        hidden_size=hf.hidden_size,
+        num_heads=heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        ffn_size=hf.intermediate_size,
+        vocab_size=hf.vocab_size,
+        max_positions=hf.max_position_embeddings,
+        rope_theta=rope_of(hf)[1],
+        norm_eps=hf.rms_norm_eps,
+        tied_embeddings=bool(hf.tie_word_embeddings),
+        qkv_bias=bool(getattr(hf, "qkv_bias", True)) if qwen2 else False,
+        qk_norm=not qwen2,
+        sparse_layers=_sparse_layers(hf) if moe else (False,) * layers,
+        num_experts=hf.num_experts if moe else 0,
+        experts_per_token=hf.num_experts_per_tok if moe else 0,
+        expert_ffn_size=hf.moe_intermediate_size if moe else 0,
+        shared_ffn_size=hf.shared_expert_intermediate_size if moe and qwen2 else 0,
+        top_k_renormalized=bool(hf.norm_topk_prob) if moe else True,
+    )
+
+
+def _sparse_layers(hf: Any) -> tuple[bool, ...]:
+    dense = set(hf.mlp_only_layers or [])
+    step = hf.decoder_sparse_step
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(hf.num_hidden_layers))
+
+
+def _unsupported(hf: Any) -> list[str]:
+    bad = []
+    if hf.hidden_act != "silu":
+        bad.append(f"hidden_act={hf.hidden_act!r} is not silu; choose a model with a gated silu MLP")
+    if getattr(hf, "use_sliding_window", False):
+        bad.append("use_sliding_window=true is not trained here; set it to false where contexts are short enough")
+    if getattr(hf, "attention_bias", False):
+        bad.append("attention_bias=true is not covered by the family rule; choose a model without it")
+    if rope_of(hf)[0] != "default":
+        bad.append(
+            f"rope_type={rope_of(hf)[0]!r} is not trained here; remove rope_scaling where contexts are short enough"
+        )
+    if getattr(hf, "quantization_config", None):
+        bad.append("the checkpoint is quantized; use the unquantized one")
+    if getattr(hf, "num_experts", 0) and hf.num_experts_per_tok == 1 and hf.norm_topk_prob:
+        bad.append(
+            "num_experts_per_tok=1 with norm_topk_prob=true has no gradient to the router; set norm_topk_prob=false"
+        )
+    return bad
+
+
+QWEN = Family(_read, _tensors, _rule, _weights, _droppable)

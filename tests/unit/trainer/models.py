@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -27,11 +28,30 @@ SIZES: dict[str, Any] = dict(
     rms_norm_eps=1e-6,
     dtype="float32",
 )
+LATENT: dict[str, Any] = dict(
+    moe_intermediate_size=48,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    n_routed_experts=8,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    first_k_dense_replace=1,
+    q_lora_rank=48,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
+    num_key_value_heads=4,
+    num_nextn_predict_layers=0,
+)
 EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
 
 def make_config(kind: str, **changes: Any) -> PretrainedConfig:
-    """`dense` (Qwen3), `moe` (Qwen3-MoE, the middle layer dense), `biased` (Qwen2, tied) or `shared` (Qwen2-MoE)."""
+    """`dense` (Qwen3), `moe` (Qwen3-MoE, the middle layer dense), `biased` (Qwen2, tied), `shared` (Qwen2-MoE)
+    `latent` (DeepSeek-V3, the first layer dense) or `stretched` (the same with yarn positions)."""
     if kind == "dense":
         return _named(Qwen3Config(**{**SIZES, "head_dim": 32, **changes}), "Qwen3ForCausalLM")
     if kind == "moe":
@@ -40,6 +60,13 @@ def make_config(kind: str, **changes: Any) -> PretrainedConfig:
     if kind == "biased":
         sizes = {**SIZES, "vocab_size": 127, "num_key_value_heads": 1, "tie_word_embeddings": True}
         return _named(Qwen2Config(**{**sizes, **changes}), "Qwen2ForCausalLM")
+    if kind == "latent":
+        return _named(DeepseekV3Config(**{**SIZES, **LATENT, **changes}), "DeepseekV3ForCausalLM")
+    if kind == "stretched":
+        stretched = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+        stretched |= dict(beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
+        sizes = {"q_lora_rank": None, "rope_parameters": stretched, "n_group": 1, "topk_group": 1}
+        return make_config("latent", **{**sizes, **changes})
     assert kind == "shared", kind
     sizes = {**SIZES, **EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 80}
     return _named(Qwen2MoeConfig(**{**sizes, **changes}), "Qwen2MoeForCausalLM")
@@ -59,6 +86,9 @@ def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
             parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.05))
             if "norm" in name:
                 parameter += 1.0
+        for name, buffer in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     return model
 
 

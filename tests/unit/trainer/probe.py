@@ -17,6 +17,7 @@ from nemo_rl.refit.layout import Holding
 from nemo_rl.trainer.cpu import megatron_on_cpu
 from nemo_rl.trainer.model import Parallel
 from nemo_rl.trainer.policy import MegatronPolicy, TrainerConfig
+from tests.unit.trainer.models import token_batch
 from tests.unit.trainer.ranks import free_port
 
 
@@ -74,6 +75,35 @@ def unchecked(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -
     """Worst relative gradient error of a layout that is refused otherwise."""
     with mock.patch.object(nemo_rl.trainer.policy, "check_parallel", lambda *_: []):
         return probe(rank, meet, folder, parallel, out)["grads"][0]
+
+
+def move_bias(rank: int, meet: str, folder: str, parallel: Parallel) -> list[tuple[str, bool, float]]:
+    """A step in bfloat16 that evens the routers' loads: name, whether the view stayed, and how far each bias moved."""
+    config = TrainerConfig(folder, parallel, precision="bfloat16", router_bias_update_rate=0.125, micro_batch_size=2)
+    policy = MegatronPolicy(config, rank, meet)
+    reference = torch.load(Path(folder) / "reference.pt")
+    biases = [h for h in policy.source().holdings() if h.fqn.endswith("e_score_correction_bias")]
+    before = [(h.view.clone(), h.view.data_ptr()) for h in biases]
+    policy.supervised_step(reference["ids"], reference["mask"])
+    alive = {h.fqn: h.view.data_ptr() for h in policy.source().holdings()}
+    routers = {t.data_ptr() for chunk in policy._chunks for n, t in chunk.named_buffers() if n.endswith("expert_bias")}
+    said = [
+        (h.fqn, alive[h.fqn] == pointer and pointer in routers, float((h.view - was).abs().max()))
+        for h, (was, pointer) in zip(biases, before, strict=True)
+    ]
+    policy.close()
+    return said
+
+
+def load_and_export(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -> torch.Tensor:
+    """Log-probabilities of a loaded checkpoint, after a step of no size; export it."""
+    policy = MegatronPolicy(TrainerConfig(folder, parallel, lr=0.0, clip_grad=0.0), rank, meet)
+    ids, mask = token_batch(4, 12, 128)
+    policy.supervised_step(ids, mask)
+    policy.export(out)
+    found = policy.logprobs(ids)
+    policy.close()
+    return found
 
 
 def step_fails(rank: int, meet: str, folder: str, parallel: Parallel) -> tuple[str, bool]:
@@ -139,6 +169,8 @@ def gradients(policy: MegatronPolicy) -> list[Holding]:
     out = []
     for h in policy.source().holdings():
         parameter = owners[h.view.untyped_storage().data_ptr()]
+        if not isinstance(parameter, torch.nn.Parameter):
+            continue  # a router's bias, which is a buffer
         grad = parameter.main_grad
         offset = grad.storage_offset() + h.view.storage_offset() - parameter.storage_offset()
         out.append(Holding(h.fqn, h.region, grad.as_strided(h.view.shape, h.view.stride(), offset)))

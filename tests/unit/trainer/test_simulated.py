@@ -39,6 +39,19 @@ CASES: dict[str, tuple[str, dict[str, Any], Parallel]] = {
     "EP2 x ETP2 x TP4 x PP2": ("moe", FOUR, Parallel(8, tensor=4, pipeline=2, expert=2, expert_tensor=2)),
     "EP4 x TP2 x PP2 x DP2": ("moe", FOUR, Parallel(8, tensor=2, pipeline=2, expert=4)),
     "TP2 x CP2 x EP2": ("dense", {}, Parallel(4, tensor=2, context=2)),
+    "latent, TP2 x EP2 / ETP1": ("latent", {}, Parallel(2, tensor=2, expert=2)),
+    "latent, EP4 x PP2 x DP2": ("latent", FOUR, Parallel(16, pipeline=2, expert=4)),
+    "latent, full-rank queries, TP4 x EP2 x ETP2": (
+        "latent",
+        {"q_lora_rank": None},
+        Parallel(4, tensor=4, expert=2, expert_tensor=2),
+    ),
+    "draft layer, TP2 x EP2": ("latent", {"num_nextn_predict_layers": 1}, Parallel(2, tensor=2, expert=2)),
+    "draft layer, PP2 x VPP2": (
+        "latent",
+        {"num_nextn_predict_layers": 1, **FOUR},
+        Parallel(2, pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 2, 1, 0)),
+    ),
     "shared expert, EP2 x TP2": ("shared", {}, Parallel(2, tensor=2, expert=2)),
 }
 
