@@ -124,20 +124,29 @@ def unprocess(layer: nn.Module) -> None:
 
 def stage(layer: nn.Module) -> dict[str, torch.Tensor]:
     """Load-format tensors of the module with storage of their own, filled with zeros; live ones as they are."""
+    if is_deferred_attention_layer(layer):
+        return _stage_scales(layer)
     unprocess(layer)
     info = layerwise.get_layerwise_info(layer)
     fresh = {name for name, tensor in own_tensors(layer).items() if tensor.is_meta}
     materialize_layer(layer, info)
-    if is_deferred_attention_layer(layer):
-        with info.restore_device:
-            layer.quant_method.create_weights(layer)  # values that say "no tensor came" stand in scales until one does
-        fresh -= layer._parameters.keys()
     with torch.no_grad():
         for name in fresh:
             own_tensors(layer)[name].zero_()
         for name, kernel in info.kernel_tensors[1].items():  # buffers hold constants that no loader brings
             if name in fresh and _same_format(kernel, own_tensors(layer)[name]):
                 own_tensors(layer)[name].copy_(kernel)
+    return own_tensors(layer)
+
+
+def _stage_scales(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Scales of an attention layer to be loaded, beside what it keeps; they hold what says that no tensor came."""
+    info = layerwise.get_layerwise_info(layer)
+    info.kernel_tensors = get_layer_params_buffers(layer)
+    info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+    with info.restore_device:
+        layer.quant_method.create_weights(layer)
+    info.load_numel_total = 0
     return own_tensors(layer)
 
 
@@ -151,8 +160,14 @@ def restore(layer: nn.Module) -> None:
 
 def process_staged(layer: nn.Module, ran: Ran) -> None:
     """Process a staged module into its kernel tensors, whose storage stays the same, and free the staging."""
+    info = layerwise.get_layerwise_info(layer)
     with hooked([layer], ran):
-        layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
+        if not is_deferred_attention_layer(layer):
+            layerwise._layerwise_process(layer, info)
+            return
+        layer.quant_method.process_weights_after_loading(layer)
+    layerwise._copy_and_restore_kernel_tensors(layer, info)
+    info.reset()
 
 
 def reprocess(layer: nn.Module, ran: Ran) -> None:
@@ -161,10 +176,16 @@ def reprocess(layer: nn.Module, ran: Ran) -> None:
     Raises:
         RuntimeError: processing gave a tensor another storage, which captured graphs would not see.
     """
-    before = {name: tensor.data_ptr() for name, tensor in own_tensors(layer).items()}
     vars(layer).pop("_already_called_process_weights_after_loading", None)
-    with hooked([layer], ran):
+    with _same_storage(layer), hooked([layer], ran):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+@contextmanager
+def _same_storage(layer: nn.Module) -> Iterator[None]:
+    """Raises RuntimeError where a tensor that the module has on entry has another storage on exit."""
+    before = {name: tensor.data_ptr() for name, tensor in own_tensors(layer).items()}
+    yield
     after = {name: tensor.data_ptr() for name, tensor in own_tensors(layer).items()}
     replaced = [name for name in before if after.get(name) != before[name]]
     if replaced:
@@ -305,8 +326,13 @@ def load_whole(
 
 
 def finish_model(model: nn.Module, model_config: Any, ran: Ran) -> None:
-    """Let attention layers derive again what they keep besides their modules' weights; each is reported to `ran`."""
+    """Let attention layers derive again what they keep besides their modules' weights; each is reported to `ran`.
+
+    Raises:
+        RuntimeError: a derived tensor has another storage, which captured graphs would not see.
+    """
     for layer in model.modules():
         if is_deferred_attention_layer(layer):
-            layer.process_weights_after_loading(model_config.dtype)
+            with _same_storage(layer):
+                layer.process_weights_after_loading(model_config.dtype)
             ran(layer)
