@@ -16,7 +16,7 @@ import torch
 from nemo_rl.refit.region import Region
 
 _CHUNK_ELEMENTS = 1 << 18  # bounds the int64 scratch; larger ones are no faster
-_HIGH_HALF = 0x2545F4914F6CDD1D
+HIGH_HALF = 0x2545F4914F6CDD1D
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,6 +30,11 @@ def _weights(axis: int, length: int, device: str) -> torch.Tensor:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = (z ^ (z >> np.uint64(31))) | np.uint64(1)
     return torch.from_numpy(z.view(np.int64)).to(device)
+
+
+def axis_weight(axis: int, index: int) -> int:
+    """Weight of one global index along `axis`, unsigned."""
+    return int(_axis_weights(axis, index, 1, torch.device("cpu")).item()) % (1 << 64)
 
 
 def _axis_weights(axis: int, offset: int, size: int, device: torch.device) -> torch.Tensor:
@@ -105,7 +110,7 @@ def digest_on_device(view: torch.Tensor, region: Region, scratch: Scratch) -> to
         return _sum(bits, weights, scratch)
     # Times an odd weight, the top bit of 64 is the same for every position; halves of 32 bits keep it apart.
     low, high = _sum(bits, weights, scratch, mask=True), _sum(bits, weights, scratch, shift=32)
-    return low + high * _HIGH_HALF
+    return low + high * HIGH_HALF
 
 
 def _sum(
