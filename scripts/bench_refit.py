@@ -7,6 +7,9 @@ new session and `--repeat` refits. Prints a table and writes it as JSON.
     python scripts/bench_refit.py --family moe --trainers ep=2,tp=2 --generators tp=2
     python scripts/bench_refit.py --layers 16 --hidden 768 --variants gloo,broadcast --repeat 9
 
+Variants that end in `no verify` have the digests off: beside the same variant with them on, they say what
+verification costs in this run (column "verify": the difference of the medians, and its share of the refit).
+
 Columns: seconds are the slowest rank's, median [min, max] over the repeats without the first; bytes moved are what
 all generators received over the wire in one refit; the lower bound counts every destination byte once; staging are
 message and broadcast buffers of the worst rank; extra memory is how far a rank's resident memory rose during a refit.
@@ -21,7 +24,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from nemo_rl.refit.base import RefitOptions, RefitReport
 from nemo_rl.topology import topology_of
 
 BASE = Path(__file__).parents[1] / "examples" / "configs" / "grpo_qwen3_tiny_cpu.yaml"
+NO_VERIFY = " no verify"
 AXES = {
     "tp": "policy.megatron_cfg.tensor_model_parallel_size",
     "pp": "policy.megatron_cfg.pipeline_model_parallel_size",
@@ -60,6 +64,8 @@ class Row:
     trainer_extra_bytes: int | None
     generator_extra_bytes: int | None
     verified: bool
+    phase_s: dict[str, float]
+    verify_cost_s: float | None = None
 
 
 def main() -> int:
@@ -77,7 +83,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps([asdict(r) for r in rows], indent=1))
     console.print(f"wrote {out}", style="dim")
-    return 0 if all(r.verified for r in rows if "no verify" not in r.variant) else 1
+    return 0 if all(r.verified for r in rows if not r.variant.endswith(NO_VERIFY)) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +170,7 @@ def _run(options: argparse.Namespace, config: Config, folder: Path, case: str, c
                 bucket_bytes=options.bucket_bytes,
                 num_streams=options.num_streams,
                 deadline_s=config.policy.refit.deadline_s,
-                verify="no verify" not in variant,
+                verify=not variant.endswith(NO_VERIFY),
             )
             group = actors.refit_group(refits)
             group.connect()
@@ -174,7 +180,7 @@ def _run(options: argparse.Namespace, config: Config, folder: Path, case: str, c
                 version += 1
             rows.append(_row(case, variant, reports, topology.num_trainers))
             console.print(f"{variant}: {rows[-1].seconds_median * 1e3:.0f} ms", style="dim")
-    return rows
+    return _with_verify_cost(rows)
 
 
 def _row(case: str, variant: str, refits: Sequence[Sequence[RefitReport]], num_trainers: int) -> Row:
@@ -194,8 +200,20 @@ def _row(case: str, variant: str, refits: Sequence[Sequence[RefitReport]], num_t
         staging_bytes=max(r.staging_bytes for r in last),
         trainer_extra_bytes=_worst(refits, slice(0, num_trainers)),
         generator_extra_bytes=_worst(refits, slice(num_trainers, None)),
+        phase_s={phase: _slowest(refits[1:], phase) for phase in last[0].phase_s},
         verified=all(r.verified for reports in refits for r in reports[num_trainers:]),
     )
+
+
+def _slowest(refits: Sequence[Sequence[RefitReport]], phase: str) -> float:
+    """Median over refits of the slowest rank's seconds in `phase`."""
+    return statistics.median(max(r.phase_s.get(phase, 0.0) for r in reports) for reports in refits)
+
+
+def _with_verify_cost(rows: Sequence[Row]) -> list[Row]:
+    """Each verified row with what it takes longer than its twin without digests."""
+    bare = {r.variant.removesuffix(NO_VERIFY): r.seconds_median for r in rows if r.variant.endswith(NO_VERIFY)}
+    return [replace(r, verify_cost_s=r.seconds_median - bare[r.variant]) if r.variant in bare else r for r in rows]
 
 
 def _worst(refits: Sequence[Sequence[RefitReport]], ranks: slice) -> int | None:
@@ -205,12 +223,13 @@ def _worst(refits: Sequence[Sequence[RefitReport]], ranks: slice) -> int | None:
 
 def _show(console: Console, case: str, rows: Sequence[Row]) -> None:
     table = Table(title=f"refit, {case}")
-    for name in ("variant", "ms", "moved MB", "bound MB", "GB/s", "staging MB", "extra MB trainer/gen.", "verified"):
+    names = ("variant", "ms", "moved MB", "bound MB", "GB/s", "staging MB", "extra MB trainer/gen.", "verified")
+    for name in (*names, "verify"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     table.add_column("x faster than broadcast", justify="right")
     base = {r.variant.removeprefix("broadcast"): r.seconds_median for r in rows if r.variant.startswith("broadcast")}
     for r in rows:
-        suffix = " no verify" if "no verify" in r.variant else ""
+        suffix = NO_VERIFY if r.variant.endswith(NO_VERIFY) else ""
         extra = f"{_megabytes(r.trainer_extra_bytes)}/{_megabytes(r.generator_extra_bytes)}"
         table.add_row(
             r.variant,
@@ -221,9 +240,16 @@ def _show(console: Console, case: str, rows: Sequence[Row]) -> None:
             f"{r.staging_bytes / 1e6:.1f}",
             extra,
             "yes" if r.verified else "no",
+            _cost(r),
             f"{base[suffix] / r.seconds_median:.2f}" if suffix in base else "-",
         )
     console.print(table)
+
+
+def _cost(row: Row) -> str:
+    if row.verify_cost_s is None:
+        return "-"
+    return f"{row.verify_cost_s * 1e3:.0f} ms ({row.verify_cost_s / row.seconds_median:.0%})"
 
 
 def _megabytes(size: int | None) -> str:

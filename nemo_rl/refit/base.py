@@ -72,11 +72,13 @@ class Declaration:
         layout: row i is the destination of one box; `unit` says which module must see it whole.
         misc: tensors whose value the loader computes or whose way is not pure views, with the reason.
         problems: what must refuse the plan: bytes nobody writes, values the loader needs and the table lacks.
+        kept: parameters that this refit leaves as they are, with the rule that says so (a frozen base under adapters).
     """
 
     layout: Layout
     misc: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 class Landing(Protocol):

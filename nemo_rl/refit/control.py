@@ -92,7 +92,28 @@ class Control:
             time.sleep(pause)
             pause = min(2 * pause, 0.005)
 
-    def decide(self, question: str, answer: str) -> str:
+    def settle(self, phase: str, question: str) -> None:
+        """All ranks come here, or none passes: the first rank that is sure answers for all.
+
+        Raises:
+            TransferError, RefitError: as `gather`, or another rank gave up on some rank.
+        """
+        failure = None
+        try:
+            self.gather(phase, b"")
+        except RefitError as error:
+            failure = error
+        # A rank that gave up may be a moment late or early: the first answer binds all.
+        decision = self._decide(f"{phase} {question}", "yes" if failure is None else f"no: {failure.detail}")
+        if decision != "yes":
+            raise failure or TransferError(
+                f"another rank decided against it ({decision})",
+                rank=self.rank,
+                phase=phase,
+                remedy="see that rank's error; remake the session",
+            )
+
+    def _decide(self, question: str, answer: str) -> str:
         """The answer that the first rank gave to `question`; every rank gets the same, whatever it wanted itself.
 
         Questions differ; the answer is kept until every rank has called a gather after it.

@@ -103,6 +103,7 @@ class RefitPlan:
         misc_buffers: what `misc_root` broadcasts to the generators, in order.
         misc_reasons: fqn -> why it is not bulk.
         unused: fqn -> why no generator takes it.
+        kept: generators' parameter -> why no trainer writes it.
         required_bytes: bytes of every generator's bulk destinations, each counted once: no plan moves fewer.
         bucket_bytes: limit of a message.
     """
@@ -117,6 +118,7 @@ class RefitPlan:
     required_bytes: int
     bucket_bytes: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def misc_root(self) -> int:
@@ -156,6 +158,7 @@ class RefitPlan:
             "misc_buffers": [[b.fqns, b.offsets, b.num_bytes] for b in self.misc_buffers],
             "misc_reasons": sorted(self.misc_reasons.items()),
             "unused": sorted(self.unused.items()),
+            "kept": sorted(self.kept.items()),
             "numbers": [self.required_bytes, self.bucket_bytes],
         }
         arrays = {f"{part}.{k}": v for part in ("bulk", "misc") for k, v in getattr(self, part).arrays().items()}
@@ -184,6 +187,7 @@ class RefitPlan:
             required,
             bucket,
             dict(head["unused"]),
+            dict(head["kept"]),
         )
 
     @cached_property
@@ -200,14 +204,20 @@ class RefitPlan:
             f"{self.bulk_bytes / 1e6:.2f} MB (required {self.required_bytes / 1e6:.2f} MB)",
             f"  misc: {len(self.misc_fqns)} tensors, {len(self.misc_buffers)} buffers, {self.misc_bytes / 1e6:.2f} MB",
         ]
-        reasons: dict[str, list[str]] = {}
-        for fqn, reason in self.misc_reasons.items():
-            reasons.setdefault(reason, []).append(fqn)
-        lines += [f"    {len(f)} tensors ({f[0]}, ...): {reason}" for reason, f in reasons.items()]
-        lines += [f"  unused: {fqn}: {reason}" for fqn, reason in self.unused.items()]
+        lines += [f"    {text}" for text in _by_reason(self.misc_reasons)]
+        lines += [f"  unused: {text}" for text in _by_reason(self.unused)]
+        lines += [f"  kept by generators: {text}" for text in _by_reason(self.kept)]
         for rank in range(self.world.size):
             sent, received = self.bulk.wire_bytes(rank)
             lines.append(
                 f"  {self.world.describe(rank)}: sends {sent / 1e6:.2f} MB, receives {received / 1e6:.2f} MB in bulk"
             )
         return "\n".join(lines)
+
+
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """One line a reason, with the number of names and the first of them."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return [f"{len(names)} ({names[0]}{', ...' if names[1:] else ''}): {reason}" for reason, names in groups.items()]

@@ -46,9 +46,7 @@ def plan_refit(
         raise Refusal(problems)
     misc = _misc_tensors(declarations, table, all_misc)
     if misc and world.shared:
-        first, reason = next(iter(misc.items()))
-        both = f"ranks {world.shared} are trainer and generator at once"
-        raise Refusal([f"{first}: {both}, so it cannot travel whole ({reason}); keep the two sides apart"])
+        raise Refusal(_colocated(world, misc))
     index = {name: i for i, name in enumerate(table)}
     ndim = max((len(m.shape) for m in table.values()), default=0)
     item = np.array([m.dtype.itemsize for m in table.values()], np.int64)
@@ -69,6 +67,7 @@ def plan_refit(
         required_bytes=int((taken.sizes.prod(axis=1) * item[taken.tensor]).sum()) if len(taken) else 0,
         bucket_bytes=bucket_bytes,
         unused=_unused(declarations, misc, table, unused or {}),
+        kept={name: reason for _, d in sorted(declarations.items()) for name, reason in d.kept.items()},
     )
     prove(plan, sources, declarations)
     return plan
@@ -97,6 +96,15 @@ def _check_inputs(
             if f not in table
         ]
     return problems
+
+
+def _colocated(world: World, misc: Mapping[str, str]) -> list[str]:
+    """A rank cannot wait for the broadcast of a whole tensor while it still has to send its part of the next one."""
+    both = ", ".join(map(world.describe, world.shared))
+    remedy = (
+        "put trainers and generators on ranks of their own, or export the tensor as the generator's loader keeps it"
+    )
+    return [f"{fqn}: must travel whole ({reason}), which {both} cannot serve; {remedy}" for fqn, reason in misc.items()]
 
 
 def _misc_tensors(

@@ -218,9 +218,9 @@ class RefitSession:
             bulk, tracker = self._move_bulk()
         with self._guarded("misc"):
             packed, whole = self._move_misc()
+        with self._guarded("verify"):
             if tracker is not None:
                 tracker.digest_in_place()
-        with self._guarded("verify"):
             self._verify(held, Ledger(0) if tracker is None else tracker.ledger, whole)
         with self._guarded("commit"):
             self._commit(version)
@@ -355,23 +355,10 @@ class RefitSession:
         """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""
         if self._landing is not None:
             self._landing.finish()
-        control, failure = self._link.control, None
-        try:
-            control.gather("commit", str(version).encode())
-        except RefitError as error:
-            failure = error
-        # A rank that gave up may be a moment late or early: the first answer binds all.
-        decision = control.decide(f"commit {version}", "yes" if failure is None else f"no: {failure.detail}")
-        if decision != "yes":
-            raise failure or TransferError(
-                f"another rank decided against the commit ({decision})",
-                rank=self.rank,
-                phase="commit",
-                remedy="see that rank's error; remake the session",
-            )
+        self._link.control.settle("commit", str(version))
         if self._landing is not None:
             self._landing.commit(version)
-        control.gather("committed", str(version).encode())
+        self._link.control.gather("committed", b"")
         self._version, self._touched = version, False
 
     # ---- helpers

@@ -46,10 +46,11 @@ def unpack_source(data: bytes) -> tuple[Layout, dict[str, str], list[str]]:
 
 def pack_declaration(declaration: Declaration) -> bytes:
     """A generator's statement."""
-    return _pack({"misc": dict(declaration.misc), "problems": declaration.problems}, declaration.layout)
+    head = {"misc": dict(declaration.misc), "problems": declaration.problems, "kept": dict(declaration.kept)}
+    return _pack(head, declaration.layout)
 
 
 def unpack_declaration(data: bytes) -> Declaration:
     """Inverse of `pack_declaration`. Raises ValueError where the bytes are damaged."""
     head, layout = _unpack(data)
-    return Declaration(layout, head["misc"], tuple(head["problems"]))
+    return Declaration(layout, head["misc"], tuple(head["problems"]), head["kept"])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from nemo_rl.refit.base import RefitOptions
+from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding
+from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.transports.inproc import InprocTransport
+from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.transports.inproc import Hub, InprocTransport
 
 from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -197,3 +201,86 @@ def test_tensors_on_other_devices_are_refused_by_name():
     sim = SimulatedWorld([source], [PlainLanding([("a", WHOLE((4,)))])], RefitOptions(deadline_s=5))
     results = sim.start()
     assert isinstance(results[0], PlanError) and "a is on meta" in str(results[0])
+
+
+class Colocated(SimulatedWorld):
+    """Rank 0 trains, rank 1 trains and generates, rank 2 generates."""
+
+    def __init__(self, sources, landings, options=None):
+        world, store, hub = World((0, 1), (1, 2)), dist.HashStore(), Hub()
+        held, taken = {0: sources[0], 1: sources[1]}, {1: landings[0], 2: landings[1]}
+        options = options or RefitOptions(deadline_s=5, bucket_bytes=1024)
+        self.world, self.store = world, store
+        self.sessions = [
+            RefitSession(r, world, store, options, held.get(r), taken.get(r), InprocTransport(hub, r)) for r in range(3)
+        ]
+
+
+def colocated(misc=(), options=None):
+    _, sources, landings, full = two_by_two()
+    for landing in landings:
+        landing.misc = dict.fromkeys(misc, "computed by the loader")
+    return Colocated(sources, landings, options), sources, landings, full
+
+
+def test_a_rank_on_both_sides_is_served_from_its_own_storage():
+    sim, _, landings, full = colocated()
+    raise_any(plans := sim.start())
+    raise_any(reports := sim.refit(1))
+    for landing in landings:
+        check(landing, full, False)
+        assert landing.version == 1
+    received = sum(t.nbytes for t in full.values())
+    assert plans[0].required_bytes == 2 * received
+    assert reports[1].bulk_bytes == received // 2 + received // 2, "half comes from rank 0, half goes to rank 2"
+
+
+def test_a_rank_on_both_sides_verifies_what_it_gives_itself():
+    sim, _, landings, _ = colocated()
+    raise_any(sim.start())
+    pipeline = sim.sessions[1]._agreed.pipeline
+    inner = pipeline._copy_locally
+
+    def damaged(copies, message, src_view, tracker):
+        inner(copies, message, src_view, tracker)
+        tracker.view(message.lo).view(torch.uint8)[0, 0] ^= 1
+
+    pipeline._copy_locally = damaged
+    results = sim.refit(1)
+    assert isinstance(results[1], VerificationError)
+    both = "trainer 1 and generator 0 (rank 1)"
+    assert f"{both} holds digest" in str(results[1]) and f"{both} has" in str(results[1])
+
+
+@pytest.mark.parametrize("how", ["a misc tensor", "the conventional refit"])
+def test_a_rank_on_both_sides_refuses_whole_tensors(how):
+    options = RefitOptions(transport="broadcast", deadline_s=5) if how != "a misc tensor" else None
+    sim, _, landings, _ = colocated(("norm.w",) if options is None else (), options)
+    reason = "conventional refit" if options else "computed by the loader"
+    for result in sim.start().values():
+        assert isinstance(result, PlanError)
+        text = f"norm.w: must travel whole ({reason}), which trainer 1 and generator 0 (rank 1) cannot serve"
+        assert text in str(result)
+    assert all(landing.version == -1 and not landing.rejected for landing in landings)
+
+
+def test_a_part_of_the_model_is_a_refit_of_its_own():
+    """Adapters on a frozen base: the table has only them, and what generators keep is told with the rule."""
+
+    class Frozen(PlainLanding):
+        def declare(self, table):
+            return replace(super().declare(table), kept=dict.fromkeys(("base.b", "base.w"), "frozen under adapters"))
+
+    table = make_table({"lora.a": ((4, 8), torch.float32), "lora.b": ((8, 4), torch.float32)})
+    full, rows = full_model(table, 3), [(f, WHOLE(m.shape)) for f, m in table.items()]
+    landing = Frozen(rows[:1])
+    sim = SimulatedWorld([PlainSource.of(full, table, rows)], [landing])
+    raise_any(plans := sim.start())
+    raise_any(reports := sim.refit(1))
+    check(landing, full, False)
+    assert plans[0].kept.keys() == {"base.w", "base.b"} and "lora.b" in plans[0].unused
+    assert RefitPlan.from_bytes(plans[0].to_bytes()).kept == plans[0].kept
+    text = plans[1].describe()
+    assert "kept by generators: 2 (base.b, ...): frozen under adapters" in text
+    assert "unused: 1 (lora.b): no generator's loader reads it" in text
+    assert reports[1].bulk_bytes == table["lora.a"].num_bytes
