@@ -139,27 +139,34 @@ def _check_world(parallel: Parallel, moe: bool) -> list[str]:
 
 
 def _check_tensor(shape: ModelShape, parallel: Parallel) -> list[str]:
-    tp, bad = parallel.tensor, []
-    if shape.num_heads % tp:
-        bad.append(_divides("tensor_model_parallel_size", tp, shape.num_heads, "attention heads"))
+    tp, key, hybrid = parallel.tensor, "tensor_model_parallel_size", shape.hybrid
+    counts: dict[str, int] = {}
+    if hybrid is None or "*" in hybrid.pattern:
+        counts["attention heads"] = shape.num_heads
+    if not all(shape.sparse_layers) if hybrid is None else "-" in hybrid.pattern:
+        counts["columns of the MLP (FFN)"] = shape.ffn_size
+    counts["columns of the shared expert"] = shape.shared_ffn_size
+    if hybrid is not None:
+        counts |= {"heads of a Mamba2 mixer": hybrid.num_heads, "groups of a Mamba2 mixer": hybrid.num_groups}
+    if shape.latent is None and not shape.num_heads % tp:
+        counts["rows of the fused q/k/v projection"] = shape.qkv_rows
+    bad = [_divides(key, tp, count, what) for what, count in counts.items() if count % tp]
     if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
         bad.append(
-            f"tensor_model_parallel_size={tp} neither divides the {shape.num_kv_heads} key/value heads nor is a "
-            f"multiple of them; choose a size that is one of the two"
+            f"{key}={tp} neither divides the {shape.num_kv_heads} key/value heads nor is a multiple of them; choose a "
+            f"size that is one of the two"
         )
-    dense = not all(shape.sparse_layers)
-    if dense and shape.ffn_size % tp:
-        bad.append(_divides("tensor_model_parallel_size", tp, shape.ffn_size, "columns of the MLP (FFN)"))
-    if shape.shared_ffn_size % tp:
-        bad.append(_divides("tensor_model_parallel_size", tp, shape.shared_ffn_size, "columns of the shared expert"))
-    if shape.latent is None and not shape.num_heads % tp and shape.qkv_rows % tp:
-        bad.append(_divides("tensor_model_parallel_size", tp, shape.qkv_rows, "rows of the fused q/k/v projection"))
     return bad
 
 
 def _check_pipeline(shape: ModelShape, parallel: Parallel) -> list[str]:
     stages, chunks, layers = parallel.pipeline, parallel.virtual_pipeline, shape.num_layers
     split = parallel.pipeline_layers
+    if shape.hybrid is not None and (chunks > 1 or len(set((split or ())[1:-1])) > 1):
+        return [
+            f"Megatron-Core splits {shape.architecture} into stages of one chunk, those between the first and the last "
+            f"of equal size; set virtual_pipeline_model_parallel_size=1 and the layers of each stage so"
+        ]
     if stages == 1 and chunks > 1:
         return [
             f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size > 1; set it to 1 or "

@@ -41,6 +41,40 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True)
+class Hybrid:
+    """A stack of layers of four kinds, each with one mixer; names as in NemotronH's configuration.
+
+    Attributes:
+        pattern: a letter for each layer: `M` a Mamba2 mixer, `*` attention, `-` an MLP, `E` a mixture of experts.
+        num_heads, head_dim, num_groups, state_dim, conv_width: of a Mamba2 mixer.
+        expert_latent_size: width in which experts work, between two projections; 0 for the hidden size.
+    """
+
+    pattern: str
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_dim: int
+    conv_width: int
+    expert_latent_size: int = 0
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def in_proj_parts(self) -> dict[str, int]:
+        """Rows of the parts of a mixer's input projection, in order."""
+        group = self.num_groups * self.state_dim
+        return {"z": self.inner_size, "x": self.inner_size, "B": group, "C": group, "dt": self.num_heads}
+
+    @property
+    def conv_parts(self) -> dict[str, int]:
+        """Rows of the parts of a mixer's convolution, in order."""
+        return {name: rows for name, rows in self.in_proj_parts.items() if name in "xBC"}
+
+
+@dataclass(frozen=True, slots=True)
 class Yarn:
     """Stretched rotary position embedding; names as in Hugging Face's `rope_parameters`."""
 
@@ -64,6 +98,7 @@ class ModelShape:
         top_k_renormalized: the chosen experts' weights add up to 1.
         latent: where attention is latent; `head_dim` is then a query's and `num_kv_heads` is `num_heads`.
         router: where it is a sigmoid router with a correction bias; None for softmax.
+        hybrid: where layers hold a single mixer each; MLPs and experts are then not gated.
         num_draft_layers: layers that predict tokens further ahead; they follow the others.
         fp8_block: rows and columns of the blocks that share a scale, where linear weights are FP8.
     """
@@ -90,6 +125,7 @@ class ModelShape:
     top_k_renormalized: bool = True
     latent: LatentAttention | None = None
     router: Router | None = None
+    hybrid: Hybrid | None = None
     yarn: Yarn | None = None
     num_draft_layers: int = 0
     fp8_block: tuple[int, int] | None = None

@@ -6,6 +6,7 @@ Megatron's `sharded_state_dict` gives. A key that it does not know is refused by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from nemo_rl.refit.layout import TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer.families.base import EMBEDDING, HEAD, Box, Family, Shape, Weight
 from nemo_rl.trainer.families.deepseek import DEEPSEEK
+from nemo_rl.trainer.families.nemotron import NEMOTRON
 from nemo_rl.trainer.families.qwen import QWEN
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of
 
@@ -24,6 +26,7 @@ __all__ += ["boxes", "dtype_of", "droppable", "family_of", "parts", "table", "un
 
 FAMILIES: Mapping[str, Family] = {
     "DeepseekV3ForCausalLM": DEEPSEEK,
+    "NemotronHForCausalLM": NEMOTRON,
     "Qwen2ForCausalLM": QWEN,
     "Qwen2MoeForCausalLM": QWEN,
     "Qwen3ForCausalLM": QWEN,
@@ -86,9 +89,11 @@ def boxes(shape: ModelShape, key: str, size: Shape) -> list[Box]:
         )
     tensors = _tensors(shape)
     whole = {fqn: sum(b.region.volume for b in found if b.fqn == fqn) for fqn in {b.fqn for b in found}}
-    wrong = [f for f, n in whole.items() if f not in tensors or n != Region.whole(tensors[f]).volume]
+    partial = {b.fqn for b in found if b.partial}
+    wrong = [f for f, n in whole.items() if f not in tensors]
+    wrong += [f for f, n in whole.items() if f in tensors and f not in partial and n != math.prod(tensors[f])]
     wrong += [b.fqn for b in found if b.fqn in tensors and not b.region.fits(tensors[b.fqn])]
-    covered = sum(whole.values()) == Region.whole(size).volume or key in _PADDED
+    covered = sum(whole.values()) == math.prod(size) or key in _PADDED
     if wrong or not covered or not all(b.source.fits(size) for b in found):
         expected = {fqn: tensors.get(fqn) for fqn in whole}
         raise ValueError(

@@ -19,6 +19,9 @@ EMBEDDING, HEAD = -1, -2
 class Box:
     """The elements `source` of a Megatron tensor are the elements `region` of `fqn`, in the same order.
 
+    Attributes:
+        partial: other Megatron tensors hold the rest of `fqn`.
+
     Raises:
         ValueError: the two boxes differ in shape.
     """
@@ -26,6 +29,7 @@ class Box:
     fqn: str
     source: Region
     region: Region
+    partial: bool = False
 
     def __post_init__(self) -> None:
         if self.source.sizes != self.region.sizes:

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    NemotronHConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -46,12 +47,27 @@ LATENT: dict[str, Any] = dict(
     num_key_value_heads=4,
     num_nextn_predict_layers=0,
 )
+HYBRID: dict[str, Any] = dict(
+    hybrid_override_pattern="ME*-ME",
+    head_dim=32,
+    mlp_hidden_act="relu2",
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    n_groups=4,
+    ssm_state_size=16,
+    conv_kernel=4,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    moe_shared_expert_intermediate_size=80,
+)
 EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
 
 def make_config(kind: str, **changes: Any) -> PretrainedConfig:
     """`dense` (Qwen3), `moe` (Qwen3-MoE, the middle layer dense), `biased` (Qwen2, tied), `shared` (Qwen2-MoE)
-    `latent` (DeepSeek-V3, the first layer dense) or `stretched` (the same with yarn positions)."""
+    `latent` (DeepSeek-V3, the first layer dense) `stretched` (the same with yarn
+    positions) or `hybrid` (NemotronH)."""
     if kind == "dense":
         return _named(Qwen3Config(**{**SIZES, "head_dim": 32, **changes}), "Qwen3ForCausalLM")
     if kind == "moe":
@@ -67,6 +83,8 @@ def make_config(kind: str, **changes: Any) -> PretrainedConfig:
         stretched |= dict(beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
         sizes = {"q_lora_rank": None, "rope_parameters": stretched, "n_group": 1, "topk_group": 1}
         return make_config("latent", **{**sizes, **changes})
+    if kind == "hybrid":
+        return _named(NemotronHConfig(**{**SIZES, **HYBRID, **changes}), "NemotronHForCausalLM")
     assert kind == "shared", kind
     sizes = {**SIZES, **EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 80}
     return _named(Qwen2MoeConfig(**{**sizes, **changes}), "Qwen2MoeForCausalLM")

@@ -16,6 +16,7 @@ from nemo_rl.trainer.cpu import megatron_on_cpu
 from nemo_rl.trainer.layout import MegatronSource
 from nemo_rl.trainer.model import Parallel
 from nemo_rl.trainer.shape import ModelShape
+from tests.unit.trainer.hybrid import build_hybrid
 
 
 @contextmanager
@@ -41,5 +42,11 @@ def real_rows(
 
 def _rows_of(rank: int, shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[tuple[str, Region]]:
     with playing(rank, shape, parallel):
-        chunks = gpt.build_chunks(gpt.transformer_config(shape, parallel, dtype), shape, parallel)
+        chunks = _build(shape, parallel, dtype)
         return [(h.fqn, h.region) for h in MegatronSource(chunks, shape, dtype).holdings()]
+
+
+def _build(shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[torch.nn.Module]:
+    if shape.hybrid is not None:
+        return [build_hybrid(shape, parallel, dtype)]
+    return list(gpt.build_chunks(gpt.transformer_config(shape, parallel, dtype), shape, parallel))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import model_shape
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel
-from tests.unit.trainer.models import make_config
+from tests.unit.trainer.models import make_config, make_model
 
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("dense", {}, 128),
@@ -102,13 +104,34 @@ def test_a_part_of_a_box_moves_with_it() -> None:
     assert key.to_hf(part) == Region((32 + part.offsets[0] - key.source.offsets[0], 8), part.sizes)
 
 
-def test_the_table_is_the_checkpoint_that_transformers_saves() -> None:
-    from tests.unit.trainer.models import make_model
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("dense", {}),
+        ("biased", {}),
+        ("moe", {}),
+        ("shared", {}),
+        ("latent", {}),
+        ("stretched", {}),
+        ("hybrid", {}),
+        ("hybrid", {"moe_latent_size": 24}),
+    ],
+)
+def test_the_table_is_the_checkpoint_that_transformers_saves(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = make_config(kind, **changes)
+    make_model(config).save_pretrained(tmp_path)
+    saved = {n: (tuple(t.shape), t.dtype) for f in tmp_path.glob("*.safetensors") for n, t in load_file(f).items()}
+    table = families.table(model_shape(config), torch.float32)
+    assert {n: (m.shape, m.dtype) for n, m in table.items()} == saved
 
-    for kind, changes in [("dense", {}), ("biased", {})]:
-        config = make_config(kind, **changes)
-        named = {n: tuple(p.shape) for n, p in make_model(config).named_parameters()}
-        assert {n: m.shape for n, m in families.table(model_shape(config), torch.float32).items()} == named
+
+def test_what_stays_in_float32() -> None:
+    for kind in ("latent", "hybrid"):
+        table = families.table(model_shape(make_config(kind)), torch.bfloat16)
+        whole = {n for n, m in table.items() if m.dtype == torch.float32}
+        assert whole == {n for n in table if n.endswith("gate.e_score_correction_bias")} and whole
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,18 @@ CASES: dict[str, tuple[str, dict[str, Any], Parallel]] = {
         {"num_nextn_predict_layers": 1, **FOUR},
         Parallel(2, pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 2, 1, 0)),
     ),
+    "hybrid, EP2 x TP2": ("hybrid", {}, Parallel(2, tensor=2, expert=2)),
+    "hybrid, padded, TP4 x ETP2 x EP2 x PP2": (
+        "hybrid",
+        {"vocab_size": 126},
+        Parallel(8, tensor=4, pipeline=2, expert=2, expert_tensor=2),
+    ),
+    "hybrid of latent experts, EP4 x PP3 uneven": (
+        "hybrid",
+        {"moe_latent_size": 24},
+        Parallel(12, pipeline=3, expert=4, pipeline_layers=(1, 3, 2)),
+    ),
+    "hybrid without experts, TP2": ("hybrid", {"hybrid_override_pattern": "M*-M"}, Parallel(2, tensor=2)),
     "shared expert, EP2 x TP2": ("shared", {}, Parallel(2, tensor=2, expert=2)),
 }
 
