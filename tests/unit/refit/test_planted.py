@@ -21,7 +21,7 @@ from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, TensorMeta
 from nemo_rl.refit.packed import pack
-from nemo_rl.refit.plan import RefitPlan
+from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.trace import trace_loader
 from nemo_rl.refit.transports.inproc import InprocTransport
@@ -412,6 +412,15 @@ def test_a_bucket_delivered_to_the_wrong_peer():
     plan = plans[0]
     assert len(plan.bulk.messages) == 2
     caught(sim.refit(1), landings, VerificationError, "a [", "trainer 0 (rank 0) holds digest", "generator")
+
+
+def test_a_message_that_nobody_waits_for(monkeypatch):
+    """A pipeline that stops one message early, without digests to notice."""
+    whole = CopyTable.messages_of
+    monkeypatch.setattr(CopyTable, "messages_of", lambda copies, rank: whole(copies, rank)[: -1 if rank == 2 else None])
+    sim, _, landings, _ = two_by_two(options=RefitOptions(deadline_s=2, verify=False))
+    raise_any(sim.start())
+    caught(sim.refit(1), landings, TransferError, "landing units {-1: 4} (unit: copies) are incomplete")
 
 
 def test_a_bucket_of_another_size():
