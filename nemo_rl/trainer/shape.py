@@ -87,6 +87,30 @@ class Yarn:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockFp8:
+    """Linear weights in FP8, with a float32 scale for each block of `rows` x `columns`.
+
+    Attributes:
+        kept: parts of the names of modules that are not quantized.
+    """
+
+    rows: int
+    columns: int
+    kept: tuple[str, ...] = ()
+
+    def covers(self, fqn: str) -> bool:
+        """Whether `fqn` is a linear weight in FP8: of a projection, never an embedding, an output layer or a router."""
+        return fqn.endswith(_PROJECTIONS) and not any(part in fqn for part in self.kept)
+
+    def blocks(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Blocks along each dim of a weight of `size`; the last ones may be short."""
+        return -(-size[0] // self.rows), -(-size[1] // self.columns)
+
+
+_PROJECTIONS = ("_proj.weight", "_proj_with_mqa.weight")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What a family rule and the model builder need to know.
 
@@ -100,7 +124,7 @@ class ModelShape:
         router: where it is a sigmoid router with a correction bias; None for softmax.
         hybrid: where layers hold a single mixer each; MLPs and experts are then not gated.
         num_draft_layers: layers that predict tokens further ahead; they follow the others.
-        fp8_block: rows and columns of the blocks that share a scale, where linear weights are FP8.
+        fp8: where linear weights are FP8 with a scale for each block.
     """
 
     architecture: str
@@ -128,7 +152,7 @@ class ModelShape:
     hybrid: Hybrid | None = None
     yarn: Yarn | None = None
     num_draft_layers: int = 0
-    fp8_block: tuple[int, int] | None = None
+    fp8: BlockFp8 | None = None
 
     @property
     def is_moe(self) -> bool:
@@ -170,3 +194,17 @@ def rope_of(hf: Any) -> tuple[str, float]:
     given = rope_parameters(hf)
     theta = given.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0
     return str(given.get("rope_type") or given.get("type") or "default"), float(theta)
+
+
+def quantization_of(hf: Any) -> tuple[BlockFp8 | None, list[str]]:
+    """How a checkpoint's weights are quantized, and what of it no family covers, with the remedy."""
+    given = getattr(hf, "quantization_config", None)
+    if not given:
+        return None, []
+    said = given if isinstance(given, dict) else given.to_dict()
+    method, block = said.get("quant_method"), said.get("weight_block_size")
+    if method != "fp8" or not block:
+        text = f"quantization {method!r} with weight_block_size={block} is not covered; use the unquantized checkpoint"
+        return None, [text]
+    kept = said.get("modules_to_not_convert") or said.get("ignored_layers") or ()
+    return BlockFp8(int(block[0]), int(block[1]), tuple(kept)), []

@@ -7,8 +7,8 @@ family rule for the boxes, as `MegatronSource` does of a live model.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -56,12 +56,14 @@ class SimulatedTrainer:
     """Every rank of a trainer.
 
     Attributes:
-        table: every Hugging Face tensor of the model.
+        table: every Hugging Face tensor that is exported.
         rows: by rank, what it holds.
+        unused: tensors that are held but not exported, with the reason.
     """
 
     table: TensorTable
     rows: tuple[Rows, ...]
+    unused: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _layouts(self) -> dict[int, Layout]:
@@ -80,7 +82,7 @@ def simulate(shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> Simul
     """All ranks of a trainer of `shape` with weights in `dtype`.
 
     Raises:
-        ValueError: the layout cannot hold the model; everything that is wrong.
+        ValueError: the layout cannot hold the model; everything that is wrong. Or it cuts blocks of FP8 weights.
     """
     problems = check_layout(shape, parallel)
     if problems:
@@ -130,8 +132,23 @@ class _Shards:
 
     def _part(self, weight: Weight, index: int, count: int) -> Iterator[tuple[str, Region]]:
         found = families.boxes(self._shape, weight.key, weight.size)
-        for fqn, region, _ in families.parts(found, _chunk(weight, index, count)):
-            yield fqn, region
+        rows = [(fqn, region) for fqn, region, _ in families.parts(found, _chunk(weight, index, count))]
+        yield from rows
+        fp8 = self._shape.fp8
+        if fp8 is not None:
+            for fqn, region in _joined([row for row in rows if fp8.covers(row[0])]):
+                yield families.scale_of(fqn), families.scale_region(self._shape, fqn, region)
+
+
+def _joined(rows: list[tuple[str, Region]]) -> list[tuple[str, Region]]:
+    """Boxes of one tensor that continue each other along dim 0 (heads of several query groups) as one box."""
+    out: list[tuple[str, Region]] = []
+    for fqn, region in sorted(rows, key=lambda row: (row[0], row[1].offsets)):
+        if out and out[-1][0] == fqn and out[-1][1].ends[0] == region.offsets[0]:
+            before = out.pop()[1]
+            region = Region(before.offsets, (before.sizes[0] + region.sizes[0], *before.sizes[1:]))
+        out.append((fqn, region))
+    return out
 
 
 def _chunk(weight: Weight, index: int, count: int) -> Region:

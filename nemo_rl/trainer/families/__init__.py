@@ -22,7 +22,18 @@ from nemo_rl.trainer.families.qwen import QWEN
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of
 
 __all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Box", "Family", "Shape", "Weight"]
-__all__ += ["boxes", "dtype_of", "droppable", "family_of", "parts", "table", "untrained", "weights"]
+__all__ += [
+    "boxes",
+    "dtype_of",
+    "droppable",
+    "family_of",
+    "parts",
+    "scale_of",
+    "scale_region",
+    "table",
+    "untrained",
+    "weights",
+]
 
 FAMILIES: Mapping[str, Family] = {
     "DeepseekV3ForCausalLM": DEEPSEEK,
@@ -44,14 +55,43 @@ def family_of(hf_config: Any) -> Family:
 
 
 def table(shape: ModelShape, dtype: torch.dtype) -> TensorTable:
-    """Every Hugging Face tensor of the model, in `dtype` but for those that stay in float32."""
+    """Every Hugging Face tensor of the model, in `dtype` but for those that stay in float32 and those that are FP8."""
     tensors = _tensors(shape)
-    return {fqn: TensorMeta(tensors[fqn], dtype_of(shape, fqn, dtype)) for fqn in natural_order(tensors)}
+    metas = {fqn: TensorMeta(size, dtype_of(shape, fqn, dtype)) for fqn, size in tensors.items()}
+    if shape.fp8 is not None:
+        quantized = [fqn for fqn in tensors if shape.fp8.covers(fqn)]
+        metas |= {scale_of(f): TensorMeta(shape.fp8.blocks(tensors[f]), torch.float32) for f in quantized}
+    return {fqn: metas[fqn] for fqn in natural_order(metas)}
 
 
 def dtype_of(shape: ModelShape, fqn: str, dtype: torch.dtype) -> torch.dtype:
     """What `fqn` of a model in `dtype` is held in."""
+    if shape.fp8 is not None and shape.fp8.covers(fqn):
+        return torch.float8_e4m3fn
     return torch.float32 if FAMILIES[shape.architecture].float32(fqn) else dtype
+
+
+def scale_of(fqn: str) -> str:
+    """Name of the scales of FP8 weight `fqn`; a weight is its FP8 values times its scales."""
+    return f"{fqn}_scale_inv"
+
+
+def scale_region(shape: ModelShape, fqn: str, part: Region) -> Region:
+    """Where the scales of a part of FP8 weight `fqn` lie in `scale_of(fqn)`.
+
+    Raises:
+        ValueError: the part cuts a block, whose scale then is not its own.
+    """
+    assert shape.fp8 is not None
+    blocks, size = (shape.fp8.rows, shape.fp8.columns), _tensors(shape)[fqn]
+    whole = zip(part.offsets, part.ends, blocks, size, strict=True)
+    if any(start % block or (end % block and end != last) for start, end, block, last in whole):
+        raise ValueError(
+            f"{fqn}: a rank holds {part} of {size}, which cuts blocks of {blocks} that share a scale; lower the "
+            f"parallel size that splits it"
+        )
+    first = tuple(start // block for start, block in zip(part.offsets, blocks, strict=True))
+    return Region(first, tuple(-(-end // b) - f for end, b, f in zip(part.ends, blocks, first, strict=True)))
 
 
 def droppable(shape: ModelShape) -> frozenset[str]:
@@ -61,7 +101,8 @@ def droppable(shape: ModelShape) -> frozenset[str]:
 
 def untrained(shape: ModelShape) -> list[str]:
     """What ranks can hold of the model but the trainer does not run, each with a remedy."""
-    return FAMILIES[shape.architecture].untrained(shape)
+    quantized = ["FP8 weights are not trained; use the unquantized checkpoint"] if shape.fp8 is not None else []
+    return quantized + FAMILIES[shape.architecture].untrained(shape)
 
 
 def weights(shape: ModelShape, padded_vocabulary: int) -> Iterator[Weight]:

@@ -27,6 +27,7 @@ from nemo_rl.trainer.shape import (
     UnsupportedModel,
     Yarn,
     architecture_of,
+    quantization_of,
     rope_of,
     rope_parameters,
 )
@@ -211,6 +212,7 @@ def _read(hf: Any) -> ModelShape:
         router=Router(hf.n_group or 1, hf.topk_group or 1, float(hf.routed_scaling_factor)),
         yarn=_yarn(rope_parameters(hf)) if rope_of(hf)[0] == "yarn" else None,
         num_draft_layers=getattr(hf, "num_nextn_predict_layers", 0) or 0,
+        fp8=quantization_of(hf)[0],
     )
 
 
@@ -240,9 +242,7 @@ def _unsupported(hf: Any) -> list[str]:
         bad.append(f"topk_method={method!r}: the router must be noaux_tc, with a correction bias")
     if hf.tie_word_embeddings and (getattr(hf, "num_nextn_predict_layers", 0) or 0):
         bad.append("tied embeddings with draft layers are not covered; set num_nextn_predict_layers=0")
-    if getattr(hf, "quantization_config", None):
-        bad.append("the checkpoint is quantized; use the unquantized one")
-    return bad
+    return bad + quantization_of(hf)[1]
 
 
 def _untrained(shape: ModelShape) -> list[str]:

@@ -8,7 +8,15 @@ from itertools import accumulate
 from typing import Any
 
 from nemo_rl.trainer.families.base import Box, Family, Shape, Weight, end_weights, qkv, rows, vocabulary, whole
-from nemo_rl.trainer.shape import Hybrid, ModelShape, Router, UnsupportedModel, architecture_of, rope_of
+from nemo_rl.trainer.shape import (
+    Hybrid,
+    ModelShape,
+    Router,
+    UnsupportedModel,
+    architecture_of,
+    quantization_of,
+    rope_of,
+)
 
 _ENDS = {"embedding.word_embeddings.weight": "backbone.embeddings.weight", "output_layer.weight": "lm_head.weight"}
 
@@ -219,6 +227,7 @@ def _read(hf: Any) -> ModelShape:
             hf.conv_kernel,
             getattr(hf, "moe_latent_size", None) or 0,
         ),
+        fp8=quantization_of(hf)[0],
     )
 
 
@@ -237,9 +246,7 @@ def _unsupported(hf: Any) -> list[str]:
     ]
     if getattr(hf, "num_nextn_predict_layers", 0):
         bad.append("draft layers are not covered by the family rule; set num_nextn_predict_layers=0")
-    if getattr(hf, "quantization_config", None):
-        bad.append("the checkpoint is quantized; use the unquantized one")
-    return bad
+    return bad + quantization_of(hf)[1]
 
 
 def _untrained(shape: ModelShape) -> list[str]:

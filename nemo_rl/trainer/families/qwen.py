@@ -20,7 +20,7 @@ from nemo_rl.trainer.families.base import (
     vocabulary,
     whole,
 )
-from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of, rope_of
+from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of, quantization_of, rope_of
 
 _VOCABULARY = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
 
@@ -164,6 +164,7 @@ def _read(hf: Any) -> ModelShape:
         expert_ffn_size=hf.moe_intermediate_size if moe else 0,
         shared_ffn_size=hf.shared_expert_intermediate_size if moe and qwen2 else 0,
         top_k_renormalized=bool(hf.norm_topk_prob) if moe else True,
+        fp8=quantization_of(hf)[0],
     )
 
 
@@ -185,13 +186,11 @@ def _unsupported(hf: Any) -> list[str]:
         bad.append(
             f"rope_type={rope_of(hf)[0]!r} is not trained here; remove rope_scaling where contexts are short enough"
         )
-    if getattr(hf, "quantization_config", None):
-        bad.append("the checkpoint is quantized; use the unquantized one")
     if getattr(hf, "num_experts", 0) and hf.num_experts_per_tok == 1 and hf.norm_topk_prob:
         bad.append(
             "num_experts_per_tok=1 with norm_topk_prob=true has no gradient to the router; set norm_topk_prob=false"
         )
-    return bad
+    return bad + quantization_of(hf)[1]
 
 
 QWEN = Family(_read, _tensors, _rule, _weights, _droppable)
