@@ -8,12 +8,18 @@ stale pieces agree with a chance of about 2**-63, or 2**-33 where they differ in
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nemo_rl.refit.region import Region
+
+if TYPE_CHECKING:
+    from nemo_rl.refit.digest_kernel import KernelBatch
 
 _CHUNK_ELEMENTS = 1 << 18  # bounds the int64 scratch; larger ones are no faster
 HIGH_HALF = 0x2545F4914F6CDD1D
@@ -83,12 +89,59 @@ class Ledger:
         self._found[view.device][number] = digest_on_device(view, region, self._scratch)
         self.taken[number] = True
 
+    def enter(self, numbers: np.ndarray, digests: torch.Tensor) -> None:
+        """Digests of pieces `numbers` (int64, one each), computed on their device; does not wait."""
+        if digests.device not in self._found:
+            self._found[digests.device] = torch.zeros(len(self.taken), dtype=torch.int64, device=digests.device)
+        self._found[digests.device][torch.from_numpy(numbers).to(digests.device, non_blocking=True)] = digests
+        self.taken[numbers] = True
+
     def read(self) -> np.ndarray:
         """int64, one a number; 0 where none was taken."""
         total = np.zeros(len(self.taken), np.int64)
         for found in self._found.values():
             total += found.cpu().numpy()
         return total
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Piece `number` of a ledger: the box `region` of a tensor, inside view `row`, which holds `held` of it."""
+
+    number: int
+    row: int
+    region: Region
+    held: Region
+
+    def of(self, view: torch.Tensor) -> torch.Tensor:
+        return view[self.region.slices_in(self.held)]
+
+
+class Pieces:
+    """Fixed pieces of views that are digested again and again; all those of one GPU in one launch."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = tuple(pieces)
+        self._numbers = np.array([p.number for p in pieces], np.int64)
+        self._rows = tuple(dict.fromkeys(p.row for p in pieces))
+        self._batch: tuple[list[tuple[int, tuple[int, ...]]], KernelBatch] | None = None
+
+    def take(self, views: Mapping[int, torch.Tensor], ledger: Ledger) -> None:
+        """Digest what `views` (row -> view) hold into `ledger`. Raises ValueError as `digest_view`."""
+        if all(views[row].is_cuda for row in self._rows) and self._rows:
+            ledger.enter(self._numbers, self._batch_of(views).launch())
+            return
+        for piece in self._pieces:
+            ledger.take(piece.number, piece.of(views[piece.row]), piece.region)
+
+    def _batch_of(self, views: Mapping[int, torch.Tensor]) -> KernelBatch:
+        """Made again only where storage moved."""
+        from nemo_rl.refit.digest_kernel import KernelBatch  # Triton comes with CUDA builds of torch only
+
+        where = [(views[row].data_ptr(), views[row].stride()) for row in self._rows]
+        if self._batch is None or self._batch[0] != where:
+            self._batch = where, KernelBatch([(p.of(views[p.row]), p.region) for p in self._pieces])
+        return self._batch[1]
 
 
 def digest_on_device(view: torch.Tensor, region: Region, scratch: Scratch) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_rl.refit.boxes import Boxes, overlaps
-from nemo_rl.refit.digest import Ledger
+from nemo_rl.refit.digest import Ledger, Piece, Pieces
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
@@ -80,6 +80,9 @@ class Verifier:
         shared = Shared.of(plan, sources)
         self._told = self._note_shared(shared, shared.first_rank, shared.first_row, shared.rank)
         self._asked = self._note_shared(shared, shared.rank, shared.row, shared.first_rank)
+        layout = sources.get(rank)
+        held = {} if layout is None else {row: layout.region(row) for row, _ in self._pieces}
+        self._digests = Pieces([Piece(n, row, region, held[row]) for n, (row, region) in enumerate(self._pieces)])
 
     def _note(self, row: int, region: Region) -> int:
         if (row, region) not in self._numbers:
@@ -104,9 +107,7 @@ class Verifier:
     def look(self, holdings: Sequence[Holding]) -> np.ndarray:
         """Digests of all that this rank sends or holds like another row; int64, one a piece."""
         ledger = Ledger(len(self._pieces))
-        for number, (row, region) in enumerate(self._pieces):
-            holding = holdings[row]
-            ledger.take(number, holding.view[region.slices_in(holding.region)], region)
+        self._digests.take({row: holdings[row].view for row, _ in self._pieces}, ledger)
         return ledger.read()
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> list[str]:
