@@ -18,6 +18,30 @@ log = logging.getLogger(__name__)
 
 WORKER = "nemo_rl.generator.worker.RefitWorker"
 Store = tuple[str, int]
+ADAPTER_ID = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A LoRA adapter over a base that stays as it was loaded; refits bring the adapter alone.
+
+    Attributes:
+        rank, alpha: PEFT's; the adapter counts `alpha / rank` times.
+        target_modules: projections that every layer has adapters for, such as `q_proj`.
+        path: PEFT folder with the adapter to start from; without one the base answers until the first refit.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.target_modules:
+            raise ValueError(f"an adapter needs rank >= 1, alpha > 0 and target modules, got {self}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +56,7 @@ class GeneratorConfig:
         quantization: vLLM's name of how the engine quantizes what it loads, such as `fp8_per_channel`; None where the
             model's own configuration says how its weights are quantized, or they are not.
         kv_cache_dtype: `auto` is the precision; `fp8` takes the cache's scales from the weights.
+        adapter: a LoRA adapter that answers every request; None where the model itself is refitted.
         seed: of dummy weights and of requests without a seed.
 
     Raises:
@@ -49,6 +74,7 @@ class GeneratorConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    adapter: AdapterConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,6 +146,9 @@ class VllmEngine:
         self.config, self.weight_version = config, 0
         self._refusal: str | None = None
         self._llm: Any = _make_llm(config)
+        self._adapter: Any = None
+        if config.adapter is not None:
+            (self._adapter, *_) = self._llm.collective_rpc("serve_adapter", args=(config.adapter,))
         self._shared_files = tuple(f for f in sorted(_mapped_shared_memory() - before) if _made_since(f, started))
 
     @property
@@ -174,7 +203,7 @@ class VllmEngine:
         ]
         # The salt is part of a cached block's key: no block that other weights computed can be found.
         asked = [{"prompt_token_ids": list(prompt), "cache_salt": f"weights {version}"} for prompt in prompts]
-        answers = self._llm.generate(asked, params, use_tqdm=False) if asked else []
+        answers = self._llm.generate(asked, params, use_tqdm=False, lora_request=self._adapter) if asked else []
         return [[_generated(o, version) for o in sorted(a.outputs, key=lambda o: o.index)] for a in answers]
 
     def _refuse_if_unfit(self) -> None:
@@ -274,6 +303,7 @@ def _make_llm(config: GeneratorConfig) -> Any:
         raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING is on; start the process with worker_env(config)")
     on_cpu = current_platform.is_cpu()
     memory = {"kv_cache_memory_bytes": config.kv_cache_memory_bytes}
+    adapter = _adapter_options(config.adapter) if config.adapter is not None else {}
     return LLM(
         model=config.model_path,
         tensor_parallel_size=config.tensor_parallel_size,
@@ -292,7 +322,26 @@ def _make_llm(config: GeneratorConfig) -> Any:
         worker_extension_cls=WORKER,
         disable_log_stats=True,
         **(memory if on_cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}),
+        **adapter,
     )
+
+
+def _adapter_options(adapter: AdapterConfig) -> dict[str, Any]:
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    sizes = sorted(int(rank) for rank in get_args(MaxLoRARanks) if int(rank) >= adapter.rank)
+    if not sizes:
+        raise ValueError(
+            f"vLLM has no room for adapters of rank {adapter.rank}; its ranks are {get_args(MaxLoRARanks)}"
+        )
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": sizes[0],
+        "lora_target_modules": list(adapter.target_modules),
+    }
 
 
 def _generated(output: Any, version: int) -> Generated:

@@ -153,11 +153,11 @@ class VllmLanding:
         mine = {i: layouts.rows[i] for i, u in enumerate(layouts.units) if u == unit}
         if unit == IN_PLACE:
             update.landed |= {_module_of(row.param) for row in mine.values()}
-            return {i: _view(self._tensor(row.param), row) for i, row in mine.items()}
+            return {i: view_of(self._tensor(row.param), row) for i, row in mine.items()}
         with compat.inside(self._config):
             fresh = compat.stage(self._modules[name])
         update.landed.add(name)
-        return {i: _view(fresh[row.param.rpartition(".")[2]], row) for i, row in mine.items()}
+        return {i: view_of(fresh[row.param.rpartition(".")[2]], row) for i, row in mine.items()}
 
     def close(self, unit: int) -> None:
         layouts, update = self._in_update()
@@ -260,7 +260,7 @@ def _module_of(param: str) -> str:
     return param.rpartition(".")[0]
 
 
-def _view(tensor: torch.Tensor, row: TracedRow) -> torch.Tensor:
+def view_of(tensor: torch.Tensor, row: TracedRow) -> torch.Tensor:
     """The row's destination in `tensor`, whose first element stands at offset 0 in the trace."""
     return tensor.detach().as_strided(row.region.sizes, row.stride, tensor.storage_offset() + row.storage_offset)
 

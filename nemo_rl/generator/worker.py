@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nemo_rl.generator.engine import Outcome
+from nemo_rl.generator.engine import AdapterConfig, Outcome
 from nemo_rl.generator.landing import VllmLanding
-from nemo_rl.refit.base import RefitOptions, World
+from nemo_rl.refit.base import Landing, RefitOptions, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 from nemo_rl.refit.session import RefitSession
 
@@ -22,13 +22,34 @@ class RefitWorker:
     model_config: Any
     rank: int
     _refit_session: RefitSession | None = None
-    _refit_landing: VllmLanding | None = None
+    _refit_landing: Landing | None = None
+    _adapter: AdapterConfig | None = None
 
-    def refit_landing(self) -> VllmLanding:
+    def serve_adapter(self, config: AdapterConfig) -> Any:
+        """Give the adapter its place in the engine; what requests must name to get it."""
+        from nemo_rl.generator.adapter import adapter_request, serve_adapter
+
+        serve_adapter(self.model_runner.lora_manager, config)
+        self._adapter = config
+        return adapter_request(config)
+
+    def refit_landing(self) -> Landing:
         """This worker's landing, made on first use; `refit_connect` makes a new one."""
         if self._refit_landing is None:
-            self._refit_landing = VllmLanding(self.model_runner.get_model(), self.vllm_config, self.model_config)
+            self._refit_landing = self._make_landing()
         return self._refit_landing
+
+    def _make_landing(self) -> Landing:
+        model = self.model_runner.get_model()
+        if self._adapter is None:
+            return VllmLanding(model, self.vllm_config, self.model_config)
+        from nemo_rl.generator.adapter import AdapterLanding
+
+        loaded = self.vllm_config.load_config.load_format != "dummy"
+        frozen = dict.fromkeys(
+            (n for n, _ in model.named_parameters() if loaded), "frozen: loaded when the engine started"
+        )
+        return AdapterLanding(self.model_runner.lora_manager, self._adapter, frozen)
 
     def refit_connect(self, rank_offset: int, world: World, store: tuple[str, int], options: RefitOptions) -> Outcome:
         """Join as rank `rank_offset` + this worker's rank in its engine; an earlier session ends."""

@@ -169,6 +169,7 @@ class _Recorder(TorchDispatchMode):
         self._pure: dict[int, str] = {}  # storage of an unchanged fed tensor -> fqn
         self._origin: dict[int, set[str]] = {key: set() for key in self._name}  # storage -> fqns its value depends on
         self._how: dict[int, str] = {}  # storage -> the operation that computed it
+        self._numbers: set[int] = set()  # storages of a number that the loader wrote, as in `view[...] = 0`
         self._rows: list[TracedRow] = []
         self._copied: defaultdict[int, list[tuple[str, np.ndarray]]] = defaultdict(list)  # (fqn, bytes) of each row
         self._computed: defaultdict[int, list[np.ndarray]] = defaultdict(list)
@@ -195,6 +196,8 @@ class _Recorder(TorchDispatchMode):
         written = _written(func, args, kwargs)
         read = [t for t in _tensors((args, kwargs)) if name not in _FILLS or all(t is not w for w in written)]
         out = func(*args, **kwargs)
+        if name == "aten::scalar_tensor":
+            self._numbers.add(self._register(out))
         fqns = set().union(*(self._origin.get(storage_id(t), set()) for t in read))
         for tensor in written:
             self._wrote(tensor, fqns, name)
@@ -221,6 +224,8 @@ class _Recorder(TorchDispatchMode):
             if dst.device.type != "meta" and src.device.type != "meta":
                 func(*args, **kwargs)
             self._wrote(dst, fqns, "aten::copy_")
+        elif key in self._numbers and not fqns:
+            self._wrote(dst, fqns, "aten::fill_")
         elif key not in self._pure:
             self._wrote(dst, fqns, self._how.get(key, "aten::copy_"))
         else:

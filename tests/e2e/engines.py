@@ -242,8 +242,8 @@ def lands(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
 class FileSource:
     """A trainer that holds one checkpoint."""
 
-    def __init__(self, path: str) -> None:
-        self.tensors = load_file(f"{path}/model.safetensors")
+    def __init__(self, path: str, file: str = "model.safetensors") -> None:
+        self.tensors = load_file(f"{path}/{file}")
 
     def table(self) -> TensorTable:
         return table_of(self.tensors)
