@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -69,6 +69,10 @@ class Control:
         number = self._publish({str(r): payload for r, payload in outgoing.items()})
         return self._await({r: f"{number}/{r}/{self.rank}" for r in sorted(ranks)}, phase)
 
+    def read(self, keys: Sequence[str]) -> list[bytes]:
+        """Values of keys that are set, in one round trip."""
+        return [bytes(value) for value in self.store.multi_get(list(keys))]
+
     def _publish(self, payloads: Mapping[str, bytes]) -> int:
         """Set one key a reader; the number of this round of keys."""
         self._sequence += 1
@@ -84,7 +88,7 @@ class Control:
         while True:
             aborted = self.store.check([_ABORT])  # read before the keys: a gather that is complete counts
             if self.store.check(list(keys.values())):
-                return {r: bytes(self.store.get(key)) for r, key in keys.items()}
+                return dict(zip(keys, self.read(list(keys.values())), strict=True))
             if aborted:
                 self.raise_if_aborted(phase)
             if time.monotonic() > end:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nemo_rl.refit.base import Declaration, Source
+from nemo_rl.refit.base import Declaration, RefitOptions, Source
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import AgreementError, PlanError
 from nemo_rl.refit.layout import Layout, TensorTable
+from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.wire import (
     pack_declaration,
     pack_source,
@@ -77,13 +78,24 @@ def share_declarations(control: Control, declaration: Declaration | None) -> dic
     return _decoded(unpack_declaration, {r: keys[r][0] for r in control.world.generators}, blobs)
 
 
-def agree(control: Control, statement: Mapping[str, Any]) -> None:
+def statement(plan: RefitPlan, transport: str, options: RefitOptions) -> dict[str, str]:
+    """What all ranks must have in common before a byte moves."""
+    dtypes = json.dumps([str(m.dtype) for m in plan.table.values()])
+    return {
+        "plan digest": plan.digest,
+        "dtype table": hashlib.sha256(dtypes.encode()).hexdigest(),
+        "transport": transport,
+        "options": repr(options),
+    }
+
+
+def agree(control: Control, mine: Mapping[str, Any]) -> None:
     """All ranks say the same, or nobody enters a transfer.
 
     Raises:
         AgreementError: naming every rank and item that differs from rank 0's.
     """
-    said = {r: json.loads(b) for r, b in control.gather("agree", json.dumps(statement).encode()).items()}
+    said = {r: json.loads(b) for r, b in control.gather("agree", json.dumps(mine).encode()).items()}
     differ = [
         f"{control.world.describe(r)} has {key} {other.get(key)}, {control.world.describe(0)} has {said[0].get(key)}"
         for r, other in said.items()
@@ -109,19 +121,17 @@ def _exchange(
         if not store.check([f"blob/{key}"]):
             store.set(f"blob/{key}", payload)
     said = {r: tuple(b.decode().split()) for r, b in control.gather(phase, " ".join(keys).encode()).items()}
-    return said, {key: _fetch(control, phase, key) for key in {k for ks in said.values() for k in ks}}
-
-
-def _fetch(control: Control, phase: str, key: str) -> bytes:
-    blob = bytes(control.store.get(f"blob/{key}"))
-    if hashlib.sha256(blob).hexdigest() != key:
-        raise PlanError(
-            f"a statement of {len(blob)} bytes is not the one that was published under {key[:12]}",
-            rank=control.rank,
-            phase=phase,
-            remedy="the store was written by something else or is damaged; give every session a store of its own",
-        )
-    return blob
+    wanted = sorted({key for named in said.values() for key in named})
+    blobs = dict(zip(wanted, control.read([f"blob/{key}" for key in wanted]), strict=True))
+    for key, blob in blobs.items():
+        if hashlib.sha256(blob).hexdigest() != key:
+            raise PlanError(
+                f"a statement of {len(blob)} bytes is not the one that was published under {key[:12]}",
+                rank=control.rank,
+                phase=phase,
+                remedy="the store was written by something else or is damaged; give every session a store of its own",
+            )
+    return said, blobs
 
 
 def _decoded(unpack: Callable[[bytes], T], keys: Mapping[int, str], blobs: Mapping[str, bytes]) -> dict[int, T]:

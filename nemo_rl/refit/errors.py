@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class RefitError(RuntimeError):
     """A refit was refused or failed; no version was committed.
 
     Attributes:
         rank: the rank that says so.
-        phase: connect, declare, plan, agree, transfer, verify or commit.
+        phase: connect, declare, plan, agree, digest, begin, transfer, misc, verify or commit.
         detail: what was seen, with names and numbers.
         remedy: what to do about it.
     """
@@ -43,3 +45,20 @@ class VerificationError(RefitError):
 
 class PoisonedError(RefitError):
     """The session failed before and must be remade."""
+
+
+_OF_PHASE: Mapping[str, type[RefitError]] = {
+    "connect": TransferError,
+    "declare": PlanError,
+    "plan": PlanError,
+    "transfer": TransferError,
+    "misc": TransferError,
+    "digest": VerificationError,
+    "verify": VerificationError,
+}
+
+
+def named_error(error: Exception, rank: int, phase: str) -> RefitError:
+    """Any exception as the refit error of the phase it came from."""
+    kind, remedy = _OF_PHASE.get(phase, RefitError), "see the cause above; remake the session"
+    return kind(f"{type(error).__name__}: {error}", rank=rank, phase=phase, remedy=remedy)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +14,17 @@ import torch
 from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
-from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources
+from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
 from nemo_rl.refit.digest import Ledger
-from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
+from nemo_rl.refit.errors import (
+    AgreementError,
+    PlanError,
+    PoisonedError,
+    RefitError,
+    TransferError,
+    VerificationError,
+    named_error,
+)
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
@@ -138,7 +144,7 @@ class RefitSession:
             if self.rank == self.world.trainers[0]:
                 log.info("%s", plan.describe())
         with self._guarded("agree"):
-            agree(self._link.control, self._statement(plan))
+            agree(self._link.control, statement(plan, self._mode(), self.options))
             pipeline = Pipeline(plan, self.rank, self._link.moves, self.options.num_streams)
             verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
             self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, pipeline)
@@ -182,15 +188,6 @@ class RefitSession:
 
     def _mode(self) -> str:
         return "gloo" if self.options.transport == "auto" else self.options.transport
-
-    def _statement(self, plan: RefitPlan) -> dict[str, str]:
-        dtypes = json.dumps([str(m.dtype) for m in plan.table.values()])
-        return {
-            "plan digest": plan.digest,
-            "dtype table": hashlib.sha256(dtypes.encode()).hexdigest(),
-            "transport": self._mode(),
-            "options": repr(self.options),
-        }
 
     # ---- transfer, verify, commit
 
@@ -392,12 +389,8 @@ class RefitSession:
             self._fail(RefitError("interrupted", rank=self.rank, phase=phase, remedy="remake the session"))
             raise
         except Exception as error:
-            remedy = "see the cause above; remake the session"
-            wrapped = _PHASE_ERROR.get(phase, RefitError)(
-                f"{type(error).__name__}: {error}", rank=self.rank, phase=phase, remedy=remedy
-            )
-            self._fail(wrapped)
-            raise wrapped from error
+            self._fail(named := named_error(error, self.rank, phase))
+            raise named from error
         self._phase_s[phase] = self._phase_s.get(phase, 0.0) + time.monotonic() - started
 
     def _fail(self, error: RefitError) -> None:
@@ -410,14 +403,3 @@ class RefitSession:
             self._link_or_none.control.abort(error)
             if self._link_or_none.transport is not None:
                 self._link_or_none.transport.close()
-
-
-_PHASE_ERROR: Mapping[str, type[RefitError]] = {
-    "connect": TransferError,
-    "declare": PlanError,
-    "plan": PlanError,
-    "transfer": TransferError,
-    "misc": TransferError,
-    "digest": VerificationError,
-    "verify": VerificationError,
-}

@@ -24,10 +24,10 @@ from nemo_rl.refit.region import Region
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Boxes that two rows of trainers hold, columnar: row `row` of `rank` and row `first_row` of `first_rank`.
+    """Boxes of travelling tensors that two rows of trainers hold: `row` of `rank` and `first_row` of `first_rank`.
 
-    Of rows with equal boxes, each is paired with the first; rows whose boxes meet without being equal are paired over
-    what they have in common.
+    Columnar. Of rows with equal boxes, each is paired with the first; rows whose boxes meet without being equal are
+    paired over what they have in common.
     """
 
     first_rank: np.ndarray
@@ -43,6 +43,7 @@ class Shared:
         index = {name: i for i, name in enumerate(plan.table)}
         ndim = max((len(m.shape) for m in plan.table.values()), default=0)
         held = Boxes.of(sources, index, ndim)
+        held = held.take(np.flatnonzero(np.isin(held.tensor, np.union1d(plan.bulk.tensor, plan.misc.tensor))))
         key = np.column_stack([held.tensor, held.offsets, held.sizes])
         _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
         same = first[group.reshape(-1)]

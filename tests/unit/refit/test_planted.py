@@ -8,6 +8,7 @@ traced wrongly is that of `tests/golden`, where the engine's own loader is the o
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -570,6 +571,25 @@ def test_ranks_that_ask_for_different_versions():
         isinstance(r, AgreementError) and "generator 1 (rank 3) has version 2" in str(r) for r in results.values()
     )
     assert all(landing.version == -1 for landing in landings)
+
+
+def test_nothing_is_sent_before_every_engine_is_closed():
+    closed, early = [], []
+
+    class Slow(PlainLanding):
+        def begin(self, version):
+            time.sleep(0.2)
+            super().begin(version)
+            closed.append(version)
+
+    def note(buffer, dst, tag):
+        early.append(len(closed) < 2)
+        return buffer
+
+    sim, _, _, _ = two_by_two(lambda rank, t: Sends(t, note), landing=Slow)
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    assert early and not any(early)
 
 
 def test_a_finalize_hook_that_did_not_run():
