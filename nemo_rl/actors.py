@@ -22,9 +22,8 @@ from nemo_rl.grpo.loss import BatchLoss, LossInputs, LossOptions, Normalizer
 from nemo_rl.grpo.rollouts import GenerationRequest
 from nemo_rl.grpo.types import Completion, RolloutBatch
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
-from nemo_rl.topology import Topology
+from nemo_rl.topology import Topology, parallel_of
 from nemo_rl.trainer.actor import TrainerActor, trainer_env
-from nemo_rl.trainer.model import Parallel
 from nemo_rl.trainer.policy import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -33,18 +32,10 @@ _CLOSE_S = 20.0
 
 def trainer_config(config: Config, model_path: Path, topology: Topology) -> TrainerConfig:
     """What the trainers are told."""
-    policy, megatron = config.policy, config.policy.megatron_cfg
-    optimizer = megatron.optimizer
+    policy, optimizer = config.policy, config.policy.megatron_cfg.optimizer
     return TrainerConfig(
         model_path=str(model_path),
-        parallel=Parallel(
-            world_size=topology.num_trainers,
-            tensor=megatron.tensor_model_parallel_size,
-            pipeline=megatron.pipeline_model_parallel_size,
-            expert=megatron.expert_model_parallel_size,
-            expert_tensor=megatron.expert_tensor_parallel_size,
-            sequence_parallel=megatron.sequence_parallel,
-        ),
+        parallel=parallel_of(config, topology.num_trainers),
         precision=policy.precision,
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
@@ -52,6 +43,7 @@ def trainer_config(config: Config, model_path: Path, topology: Topology) -> Trai
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
+        router_bias_update_rate=policy.megatron_cfg.moe_router_bias_update_rate,
         micro_batch_size=policy.train_micro_batch_size,
         logprob_batch_size=policy.logprob_batch_size,
         seed=config.grpo.seed,

@@ -45,13 +45,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True)
 class MegatronConfig:
-    """Layout of the trainers. Their data-parallel size is what their number of ranks leaves over."""
+    """Layout of the trainers. Their data-parallel size is what their number of ranks leaves over.
+
+    Pipeline stages are equal unless `num_layers_in_first_pipeline_stage` or `..._last_...` say otherwise, the embedding
+    or the loss counts as a layer (`account_for_...`), or `pipeline_layers` gives the layers of each chunk: of the first
+    chunk of every stage, then of the second; the first and the last may be 0. A stage has
+    `virtual_pipeline_model_parallel_size` chunks. `moe_router_bias_update_rate` is how far a step moves the correction
+    bias of a sigmoid router towards even loads.
+    """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    pipeline_layers: tuple[int, ...] | None = None
+    context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     sequence_parallel: bool = False
+    moe_router_bias_update_rate: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -349,6 +364,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     kind = next(k for k in (typing.get_args(hint) or (hint,)) if k is not type(None))
     if value is None and optional:
         return None
+    if typing.get_origin(kind) is tuple:
+        return _convert_list(key, typing.get_args(kind)[0], value)
     leaf = OmegaConf.structured(dataclasses.make_dataclass("Leaf", [("value", kind, kind())]))
     try:
         if value is None or isinstance(value, bool) is not (kind is bool) and not isinstance(value, str):
@@ -360,6 +377,13 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         needed = f"{kind.__name__} or null" if optional else kind.__name__
         raise ValueError(f"{key}: {value!r} is not of type {needed}; give a value of that type") from error
     return leaf.value
+
+
+def _convert_list(key: str, item: type, value: Any) -> tuple[Any, ...]:
+    """A list of `item`. Raises ValueError naming the key and what is wrong."""
+    if not isinstance(value, list):
+        raise ValueError(f"{key}: {value!r} is not a list; give a list of {item.__name__}")
+    return tuple(_convert(f"{key}[{i}]", item, entry) for i, entry in enumerate(value))
 
 
 def _suggestion(name: str, prefix: str, hints: Mapping[str, Any]) -> str:

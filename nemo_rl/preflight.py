@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from nemo_rl.config import Config, inherited_environment
 from nemo_rl.generator.preflight import check_loader_apart
 from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
-from nemo_rl.topology import Topology, parallel_sizes, topology_of
+from nemo_rl.topology import Topology, parallel_of, parallel_sizes, topology_of
 from nemo_rl.trainer import families
-from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
+from nemo_rl.trainer.model import check_parallel, model_shape, read_config
 
 PRECISIONS = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "gloo", "golden")
@@ -60,15 +61,10 @@ def _model_folder(config: Config, scratch: Path) -> Path:
 
 def _check_layouts(config: Config, hf_config: Any, topology: Topology | None) -> list[str]:
     """Without a topology, as if there were enough ranks."""
-    megatron = config.policy.megatron_cfg
-    sizes = (
-        megatron.tensor_model_parallel_size,
-        megatron.pipeline_model_parallel_size,
-        megatron.expert_model_parallel_size,
-        megatron.expert_tensor_parallel_size,
-    )
-    world = math.prod(sizes) if topology is None else topology.num_trainers
-    parallel = Parallel(world, *sizes, sequence_parallel=megatron.sequence_parallel)
+    parallel = parallel_of(config, 0 if topology is None else topology.num_trainers)
+    if topology is None:
+        sizes = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, parallel.expert_tensor)
+        parallel = replace(parallel, world_size=math.prod(sizes))
     return [f"policy.megatron_cfg: {p}" for p in check_parallel(hf_config, parallel)]
 
 
@@ -138,6 +134,7 @@ def _numbers(config: Config) -> Iterator[str]:
     }
     at_least: dict[str, tuple[float, float]] = {
         "policy.refit.bucket_bytes": (policy.refit.bucket_bytes, 1024),
+        "policy.megatron_cfg.moe_router_bias_update_rate": (policy.megatron_cfg.moe_router_bias_update_rate, 0),
         "policy.megatron_cfg.optimizer.min_lr": (policy.megatron_cfg.optimizer.min_lr, 0),
         "grpo.num_generations_per_prompt": (grpo.num_generations_per_prompt, 2),
         "grpo.refit_every": (grpo.refit_every, 0),
@@ -165,6 +162,7 @@ def _batches(config: Config, topology: Topology) -> Iterator[str]:
     samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
     whole, micro = policy.train_global_batch_size, policy.train_micro_batch_size
     stages = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
+    stages *= megatron.context_parallel_size
     data = max(topology.num_trainers // max(stages, 1), 1)
     if min(samples, whole, micro) < 1:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_rl.config import Config
+from nemo_rl.trainer.model import Parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
         return Topology(1, 1, 1), problems
     total = cluster.gpus_per_node * cluster.num_nodes
     stage = megatron.pipeline_model_parallel_size
-    dense = megatron.tensor_model_parallel_size * stage
+    dense = megatron.tensor_model_parallel_size * stage * megatron.context_parallel_size
     sparse = megatron.expert_model_parallel_size * megatron.expert_tensor_parallel_size * stage
     smallest = max(dense, sparse)
     asked = resources.gpus_per_node
@@ -72,6 +73,26 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
     return Topology(max(trainers, 1), max(generators // size, 1), size), problems
 
 
+def parallel_of(config: Config, world_size: int) -> Parallel:
+    """How `world_size` trainer ranks are laid out."""
+    megatron = config.policy.megatron_cfg
+    return Parallel(
+        world_size,
+        tensor=megatron.tensor_model_parallel_size,
+        pipeline=megatron.pipeline_model_parallel_size,
+        expert=megatron.expert_model_parallel_size,
+        expert_tensor=megatron.expert_tensor_parallel_size,
+        pipeline_layers=megatron.pipeline_layers,
+        sequence_parallel=megatron.sequence_parallel,
+        context=megatron.context_parallel_size,
+        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
+        first_layers=megatron.num_layers_in_first_pipeline_stage,
+        last_layers=megatron.num_layers_in_last_pipeline_stage,
+        count_embedding=megatron.account_for_embedding_in_pipeline_split,
+        count_loss=megatron.account_for_loss_in_pipeline_split,
+    )
+
+
 def parallel_sizes(config: Config) -> dict[str, int]:
     """Key -> value of every size that must be at least 1."""
     megatron, resources = config.policy.megatron_cfg, config.policy.generation.colocated.resources
@@ -81,6 +102,8 @@ def parallel_sizes(config: Config) -> dict[str, int]:
         "cluster.num_nodes": config.cluster.num_nodes,
         f"{prefix}tensor_model_parallel_size": megatron.tensor_model_parallel_size,
         f"{prefix}pipeline_model_parallel_size": megatron.pipeline_model_parallel_size,
+        f"{prefix}virtual_pipeline_model_parallel_size": megatron.virtual_pipeline_model_parallel_size,
+        f"{prefix}context_parallel_size": megatron.context_parallel_size,
         f"{prefix}expert_model_parallel_size": megatron.expert_model_parallel_size,
         f"{prefix}expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
         "policy.generation.vllm_cfg.tensor_parallel_size": config.policy.generation.vllm_cfg.tensor_parallel_size,

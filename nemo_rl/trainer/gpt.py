@@ -73,7 +73,7 @@ def transformer_config(shape: ModelShape, parallel: Parallel, dtype: torch.dtype
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor if shape.is_moe else None,
         sequence_parallel=needs_sequence_parallel(shape, parallel),
-        pipeline_model_parallel_layout=_stages(parallel, shape.num_draft_layers),
+        pipeline_model_parallel_layout=_stages(shape, parallel),
         batch_p2p_sync=torch.cuda.is_available(),
         # Chunks make both neighbours of a stage send to it at once. Where both are one rank (two stages), Megatron's
         # batched exchange takes one's message for the other's; the overlapped one orders them.
@@ -199,11 +199,12 @@ def _virtual(parallel: Parallel) -> int | None:
     return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
 
 
-def _stages(parallel: Parallel, num_draft_layers: int) -> list[list[str]] | None:
-    if parallel.pipeline_layers is None or parallel.pipeline == 1:
+def _stages(shape: ModelShape, parallel: Parallel) -> list[list[str]] | None:
+    """What each chunk holds, where stages are not equal."""
+    if not parallel.uneven or parallel.pipeline == 1:
         return None
-    chunks = [["decoder"] * count for count in parallel.pipeline_layers]
-    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], *["mtp"] * num_draft_layers, "loss"]]
+    chunks = [["decoder"] * count for count in parallel.chunks(shape.num_layers)]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], *["mtp"] * shape.num_draft_layers, "loss"]]
 
 
 def close_parallel() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Parallel:
         sequence_parallel: on for a dense model by choice; always on for a mixture of experts with tensor > 1.
         context: ranks that share a sequence; they hold the same weights.
         virtual_pipeline: chunks of layers of each pipeline stage.
+        first_layers, last_layers: layers of the first and the last stage; the others share the rest equally.
+        count_embedding, count_loss: the embedding, or the output layer with the loss, counts as a layer of its stage.
     """
 
     world_size: int
@@ -32,16 +34,29 @@ class Parallel:
     sequence_parallel: bool = False
     context: int = 1
     virtual_pipeline: int = 1
+    first_layers: int | None = None
+    last_layers: int | None = None
+    count_embedding: bool = False
+    count_loss: bool = False
 
     @property
     def data(self) -> int:
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
     def chunks(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each chunk, as `pipeline_layers`. Raises ValueError where equal ones do not come out even."""
+        """Layers of each chunk, as `pipeline_layers`. Raises ValueError where they do not come out even."""
         if self.pipeline_layers is not None:
             return self.pipeline_layers
-        return split_layers(num_layers, self.pipeline, self.virtual_pipeline)
+        return split_layers(num_layers, self.pipeline, self.virtual_pipeline, *self._options)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether stages are anything but equal."""
+        return self.pipeline_layers is not None or self._options != (None, None, False, False)
+
+    @property
+    def _options(self) -> tuple[int | None, int | None, bool, bool]:
+        return self.first_layers, self.last_layers, self.count_embedding, self.count_loss
 
 
 def read_config(folder: str | Path) -> Any:
@@ -160,29 +175,32 @@ def _check_tensor(shape: ModelShape, parallel: Parallel) -> list[str]:
 
 
 def _check_pipeline(shape: ModelShape, parallel: Parallel) -> list[str]:
-    stages, chunks, layers = parallel.pipeline, parallel.virtual_pipeline, shape.num_layers
-    split = parallel.pipeline_layers
-    if shape.hybrid is not None and (chunks > 1 or len(set((split or ())[1:-1])) > 1):
+    stages, virtual, layers = parallel.pipeline, parallel.virtual_pipeline, shape.num_layers
+    if not parallel.uneven and (stages > 1 or virtual == 1) and layers % (stages * virtual):
+        key = "pipeline_model_parallel_size" if virtual == 1 else "pipeline x virtual pipeline parallel size"
+        return [f"{_divides(key, stages * virtual, layers, 'layers')}, or give the layers of each stage"]
+    if parallel.pipeline_layers is not None and replace(parallel, pipeline_layers=None).uneven:
+        return [f"pipeline_layers={parallel.pipeline_layers} says all of the stages; leave the other options for them"]
+    try:
+        split = parallel.chunks(layers)
+    except ValueError as error:
+        return [str(error)]
+    return _check_chunks(shape, parallel, split)
+
+
+def _check_chunks(shape: ModelShape, parallel: Parallel, split: tuple[int, ...]) -> list[str]:
+    count = parallel.pipeline * parallel.virtual_pipeline
+    if shape.hybrid is not None and (parallel.virtual_pipeline > 1 or len(set(split[1:-1])) > 1):
         return [
             f"Megatron-Core splits {shape.architecture} into stages of one chunk, those between the first and the last "
             f"of equal size; set virtual_pipeline_model_parallel_size=1 and the layers of each stage so"
         ]
-    if stages == 1 and chunks > 1:
-        return [
-            f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size > 1; set it to 1 or "
-            f"raise the latter"
-        ]
-    if split is None:
-        if layers % (stages * chunks) == 0:
-            return []
-        key = "pipeline_model_parallel_size" if chunks == 1 else "pipeline x virtual pipeline parallel size"
-        return [f"{_divides(key, stages * chunks, layers, 'layers')}, or give the layers of each stage"]
-    inner = split[1:-1] if stages > 1 else split
-    if len(split) == stages * chunks and sum(split) == layers and all(n > 0 for n in inner) and min(split) >= 0:
+    inner = split[1:-1] if parallel.pipeline > 1 else split
+    if len(split) == count and sum(split) == shape.num_layers and all(n > 0 for n in inner) and min(split) >= 0:
         return []
     return [
-        f"layers by stage {split} are not {stages * chunks} positive numbers (0 for the first or last alone) that add "
-        f"up to {layers}; change them or pipeline_model_parallel_size"
+        f"layers by stage {split} are not {count} positive numbers (0 for the first or last alone) that add up to "
+        f"{shape.num_layers}; change them or pipeline_model_parallel_size"
     ]
 
 

@@ -42,7 +42,10 @@ def split_layers(
             "give the layers of the first and last stage alone"
         )
     if pipeline == 1 and (first is not None or last is not None or embedding or loss or virtual > 1):
-        raise ValueError("uneven or virtual pipeline stages need pipeline_model_parallel_size > 1; raise it")
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size={virtual} or uneven stages with pipeline_model_parallel_size=1: "
+            f"there is one stage; raise the latter"
+        )
     given = {0: first, pipeline - 1: last}
     fixed = {stage: count for stage, count in given.items() if count is not None}
     rest = num_layers + embedding + loss - sum(fixed.values())

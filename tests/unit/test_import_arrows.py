@@ -23,7 +23,7 @@ ARROWS = {
     "grpo": {"refit", "config"},
     "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
     "driver": {"actors", "cluster", "config", "grpo", "metrics", "preflight", "topology"},
-    "topology": {"config"},
+    "topology": {"config", "trainer"},
     "cluster": {"config", "refit", "topology"},
     "actors": {"config", "topology", "cluster", "refit", "grpo", "trainer", "generator"},
 }

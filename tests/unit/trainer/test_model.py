@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nemo_rl.config import ConfigError, load_config, to_yaml
+from nemo_rl.topology import parallel_of
 from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
 from tests.unit.trainer.models import make_config
 
@@ -21,6 +24,9 @@ from tests.unit.trainer.models import make_config
         ("dense", {}, Parallel(6, tensor=2, pipeline=3)),
         ("dense", {}, Parallel(2, pipeline=2, pipeline_layers=(2, 1))),
         ("dense", {}, Parallel(2, pipeline=2, pipeline_layers=(3, 0))),
+        ("dense", {}, Parallel(2, pipeline=2, first_layers=1)),
+        ("dense", {}, Parallel(2, pipeline=2, count_embedding=True)),
+        ("dense", {}, Parallel(5, pipeline=5, count_embedding=True, count_loss=True)),
         ("dense", {"num_hidden_layers": 4}, Parallel(2, pipeline=2, virtual_pipeline=2)),
         ("dense", {}, Parallel(4, tensor=4)),
         ("dense", {"vocab_size": 127}, Parallel(2, tensor=2)),
@@ -70,8 +76,14 @@ def test_the_layout_with_wrong_expert_gradients_is_refused(expert_tensor: int) -
         (Parallel(2, pipeline=2, pipeline_layers=(2, 2)), r"layers by stage \(2, 2\) are not 2 positive numbers"),
         (Parallel(3, pipeline=3, pipeline_layers=(1, 0, 2)), r"layers by stage \(1, 0, 2\) are not"),
         (Parallel(4, pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 2)), "are not 4 positive numbers"),
-        (Parallel(2, virtual_pipeline=2), "virtual_pipeline_model_parallel_size=2 needs pipeline_model_parallel_size"),
+        (Parallel(2, virtual_pipeline=2), "virtual_pipeline_model_parallel_size=2 .* there is one stage"),
         (Parallel(2, pipeline=2, virtual_pipeline=2), "virtual pipeline parallel size=4 does not divide the 3 layers"),
+        (Parallel(2, pipeline=2, first_layers=1, count_loss=True), "exclude each other"),
+        (
+            Parallel(2, pipeline=2, pipeline_layers=(1, 2), first_layers=1),
+            "pipeline_layers=.1, 2. says all of the stages",
+        ),
+        (Parallel(4, pipeline=4, first_layers=3), r"layers by stage \(3, 0, 0, 0\) are not 4 positive"),
         (Parallel(2, context=2), "context_parallel_size=2: .* set it to 1"),
         (Parallel(2, tensor=0), "tensor_model_parallel_size=0 is not positive"),
     ],
@@ -102,6 +114,38 @@ def test_a_configuration_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", ')
     with pytest.raises(ValueError, match="cannot be read"):
         read_config(tmp_path)
+
+
+def test_every_key_of_the_layout_reaches_it(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("policy: {megatron_cfg: {pipeline_layers: [1, 2, 0, 3]}}\n")
+    names = {
+        "tensor_model_parallel_size": ("tensor", 2),
+        "pipeline_model_parallel_size": ("pipeline", 3),
+        "virtual_pipeline_model_parallel_size": ("virtual_pipeline", 4),
+        "expert_model_parallel_size": ("expert", 5),
+        "expert_tensor_parallel_size": ("expert_tensor", 6),
+        "context_parallel_size": ("context", 7),
+        "num_layers_in_first_pipeline_stage": ("first_layers", 8),
+        "num_layers_in_last_pipeline_stage": ("last_layers", 9),
+        "account_for_embedding_in_pipeline_split": ("count_embedding", True),
+        "account_for_loss_in_pipeline_split": ("count_loss", True),
+        "sequence_parallel": ("sequence_parallel", True),
+    }
+    config = load_config(tmp_path / "c.yaml", [f"policy.megatron_cfg.{k}={v}" for k, (_, v) in names.items()], {})
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml", [], {}) == config
+    made = parallel_of(config, 11)
+    assert made == Parallel(11, pipeline_layers=(1, 2, 0, 3), **dict(names.values()))  # type: ignore[arg-type]
+    assert {field.name for field in dataclasses.fields(Parallel)} - {"world_size", "pipeline_layers"} == set(
+        name for name, _ in names.values()
+    )
+
+
+@pytest.mark.parametrize("given", ["3", "[1,x]", "[1,[2]]"])
+def test_layers_of_stages_are_a_list_of_numbers(tmp_path: Path, given: str) -> None:
+    (tmp_path / "c.yaml").write_text("policy: {}\n")
+    with pytest.raises(ConfigError, match=r"policy\.megatron_cfg\.pipeline_layers"):
+        load_config(tmp_path / "c.yaml", [f"policy.megatron_cfg.pipeline_layers={given}"], {})
 
 
 def test_checks_import_no_megatron() -> None:

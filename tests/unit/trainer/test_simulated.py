@@ -24,6 +24,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Parallel]] = {
     "PP2 uneven": ("dense", {}, Parallel(2, pipeline=2, pipeline_layers=(1, 2))),
     "PP3": ("dense", {}, Parallel(3, pipeline=3)),
     "PP4, embedding and loss alone": ("dense", FOUR, Parallel(4, pipeline=4, pipeline_layers=(0, 2, 2, 0))),
+    "PP4 by Megatron's options": (
+        "dense",
+        {"num_hidden_layers": 6},
+        Parallel(4, pipeline=4, first_layers=1, last_layers=1),
+    ),
     "VPP2 x PP2": ("dense", FOUR, Parallel(2, pipeline=2, virtual_pipeline=2)),
     "VPP2 x PP2 uneven": (
         "dense",
