@@ -91,10 +91,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _problems(model_path: str, tp: int, rank: int, precision: str, table: TensorTable) -> Sequence[str]:
-    from nemo_rl.generator.twin import trace_any_rank
+    from nemo_rl.generator.twin import EngineSpec, trace_rank
 
     try:
-        return trace_any_rank(model_path, tp, rank, precision, table).problems
+        return trace_rank(EngineSpec(model_path, tp, precision=precision), rank, table).problems
     except Exception as error:  # whatever vLLM refuses a model or a layout with is the answer
         return [f"vLLM refuses {model_path} in {precision}: {type(error).__name__}: {' '.join(str(error).split())}"]
 

@@ -202,7 +202,8 @@ def all_reports(folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from vllm.distributed import parallel_state
 
-    from nemo_rl.generator.twin import _engine_config, build_twin, fake_ranks, trace_any_rank, trace_twin
+    from nemo_rl.generator.ranks import as_rank
+    from nemo_rl.generator.twin import EngineSpec, build_twin, trace_rank, trace_twin
 
     before = {k: v for o in (dist, parallel_state) for k, v in vars(o).items() if callable(v)}
     out: dict[str, Any] = {}
@@ -210,19 +211,20 @@ def all_reports(folder: Path) -> dict[str, Any]:
         table = table_of(kind)
         values = {name: torch.randn(meta.shape) for name, meta in table.items()}
         for tp in (1, 2, 4):
-            config = _engine_config(str(folder / kind), tp, "float32")
+            spec = EngineSpec(str(folder / kind), tp, precision="float32")
             for rank in range(tp):
-                with fake_ranks(config, tp, rank):
+                with as_rank(spec, rank) as config:
                     trace = trace_twin(build_twin(config), config, table)
                     out[f"{kind} {tp} {rank}"] = report_of(config, trace, values)
     path, table = str(folder / "dense"), table_of("dense")
-    cast = trace_any_rank(path, 2, 0, "bfloat16", table)
+    one = EngineSpec(path, precision="float32")
+    cast = trace_rank(EngineSpec(path, tp=2, precision="bfloat16"), 0, table)
     out["bfloat16"] = {"problems": cast.problems, "misc": sorted(cast.misc), "rows": len(cast.rows)}
     out["bfloat16"]["reason"] = cast.misc["model.norm.weight"]
     missing = {n: m for n, m in table.items() if n != "model.layers.0.self_attn.v_proj.weight"}
     unknown = {"model.layers.0.self_attn.r_proj.weight": TensorMeta((4,), torch.float32), **table}
-    out["missing"] = trace_any_rank(path, 1, 0, "float32", missing).problems
-    out["unknown"] = trace_any_rank(path, 1, 0, "float32", unknown).problems
+    out["missing"] = trace_rank(one, 0, missing).problems
+    out["unknown"] = trace_rank(one, 0, unknown).problems
     out["beside"] = beside_a_live_model(path, table)
     after = {k: v for o in (dist, parallel_state) for k, v in vars(o).items() if callable(v)}
     out["left behind"] = [k for k, v in before.items() if after.get(k) is not v] + ["group"] * dist.is_initialized()
@@ -233,10 +235,10 @@ def beside_a_live_model(path: str, table: TensorTable) -> dict[str, Any]:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    from nemo_rl.generator.twin import _engine_config, build_twin, fake_ranks, trace_twin
+    from nemo_rl.generator.ranks import as_rank
+    from nemo_rl.generator.twin import EngineSpec, build_twin, trace_twin
 
-    config = _engine_config(path, 1, "float32")
-    with fake_ranks(config, 1, 0):
+    with as_rank(EngineSpec(path, precision="float32"), 0) as config:
         with set_current_vllm_config(config):
             live = initialize_model(vllm_config=config, model_config=config.model_config)
         layers = dict(config.compilation_config.static_forward_context)
