@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,9 @@ import triton.language as tl
 from nemo_rl.refit.digest import HIGH_HALF, axis_weight
 from nemo_rl.refit.region import Region
 
-_ROWS, _COLS = 16, 1024  # of a tile
+_ROWS, _COLS = 64, 512  # of a tile
+_STEP = 2  # rows that a program holds in registers at a time
+_WARPS = 4
 _NUM_FIELDS = 12  # of a plane
 _POINTERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,7 +54,9 @@ class KernelBatch:
         """int64, one a piece, computed on the device's current stream; does not wait."""
         out = torch.zeros(self._num_pieces, dtype=torch.int64, device=self._device)
         for item, (planes, tiles) in self._tables.items():
-            _digest_tiles[(len(tiles),)](planes, tiles, out, item, _ROWS, _COLS, _NUM_FIELDS, HIGH_HALF)
+            _digest_tiles[(len(tiles),)](
+                planes, tiles, out, item, _ROWS, _STEP, _COLS, _NUM_FIELDS, HIGH_HALF, num_warps=_WARPS
+            )
         return out
 
 
@@ -91,8 +94,8 @@ def _tiles(planes: np.ndarray) -> np.ndarray:
     return np.stack([plane, row, col], axis=1).astype(np.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _weights(index: Any, seed: Any) -> Any:
+@triton.jit
+def _weights(index, seed):  # type: ignore[no-untyped-def]
     """`axis_weight` of `index` along the axis of `seed`; 1 where there is no axis."""
     z = (index + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + seed.to(tl.uint64)
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
@@ -102,32 +105,39 @@ def _weights(index: Any, seed: Any) -> Any:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _digest_tiles(
-    planes: Any,
-    tiles: Any,
-    out: Any,
+def _digest_tiles(  # type: ignore[no-untyped-def]
+    planes,
+    tiles,
+    out,
     ITEM: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     COLS: tl.constexpr,
     FIELDS: tl.constexpr,
     HIGH: tl.constexpr,
-) -> None:
+):
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     plane = planes + tl.load(tile).to(tl.int64) * FIELDS
-    rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, ROWS)
+    first = tl.load(tile + 1).to(tl.int64)
+    num_rows, row_stride = tl.load(plane + 1), tl.load(plane + 2)
+    row_index, row_seed = tl.load(plane + 3), tl.load(plane + 4)
     cols = tl.load(tile + 2).to(tl.int64) + tl.arange(0, COLS)
-    inside = (rows < tl.load(plane + 1))[:, None] & (cols < tl.load(plane + 5))[None, :]
-    at = rows[:, None] * tl.load(plane + 2) + cols[None, :] * tl.load(plane + 6)
+    here, across = cols < tl.load(plane + 5), cols * tl.load(plane + 6)
     start = tl.load(plane)
-    if ITEM == 1:
-        bits = tl.load(start.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0).to(tl.int64)
-    elif ITEM == 2:
-        bits = tl.load(start.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.int64)
-    elif ITEM == 4:
-        bits = tl.load(start.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0).to(tl.int64)
-    else:
-        bits = tl.load(start.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
-        bits = (bits & 0xFFFFFFFF) + (bits >> 32) * HIGH
-    across = tl.sum(bits * _weights(cols + tl.load(plane + 7), tl.load(plane + 8))[None, :], axis=1)
-    total = tl.sum(across * _weights(rows + tl.load(plane + 3), tl.load(plane + 4)), axis=0)
-    tl.atomic_add(out + tl.load(plane + 10), total * tl.load(plane + 9))
+    total = tl.zeros((STEP, COLS), tl.int64)
+    for step in range(0, tl.minimum(num_rows - first, ROWS), STEP):
+        rows = first + step + tl.arange(0, STEP)
+        inside = (rows < num_rows)[:, None] & here[None, :]
+        at = rows[:, None] * row_stride + across[None, :]
+        if ITEM == 1:
+            bits = tl.load(start.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0).to(tl.int64)
+        elif ITEM == 2:
+            bits = tl.load(start.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.int64)
+        elif ITEM == 4:
+            bits = tl.load(start.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0).to(tl.int64)
+        else:
+            bits = tl.load(start.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
+            bits = (bits & 0xFFFFFFFF) + (bits >> 32) * HIGH
+        total += bits * _weights(rows + row_index, row_seed)[:, None]
+    total = total * _weights(cols + tl.load(plane + 7), tl.load(plane + 8))[None, :]
+    tl.atomic_add(out + tl.load(plane + 10), tl.sum(tl.sum(total, axis=1), axis=0) * tl.load(plane + 9))
