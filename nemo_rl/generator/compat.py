@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_layer, restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.utils.torch_utils import is_quantized_kv_cache, set_default_torch_dtype
 
 try:
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
@@ -35,8 +35,9 @@ Ran = Callable[[nn.Module], None]
 
 @contextmanager
 def inside(vllm_config: Any) -> Iterator[None]:
-    """vLLM's code runs under `vllm_config`, without gradients."""
-    with torch.no_grad(), set_current_vllm_config(vllm_config):
+    """vLLM's code runs under `vllm_config`, without gradients, with the default dtype that models are built with."""
+    dtype = set_default_torch_dtype(vllm_config.model_config.dtype)
+    with torch.no_grad(), dtype, set_current_vllm_config(vllm_config):
         yield
 
 

@@ -24,6 +24,7 @@ from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.layout import Holding, TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
+from tests.e2e.blocks import spread
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[3, 17, 99, 5, 42, 7], [250, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77], list(range(3, 150))]
@@ -168,11 +169,18 @@ def plain(path: str) -> str:
     if not folder.exists():
         folder.mkdir()
         tensors, settings = load_file(f"{path}/model.safetensors"), json.loads(Path(path, "config.json").read_text())
-        kept = {n: t.float() * tensors.get(f"{n}_scale", 1.0) for n, t in tensors.items() if "scale" not in n}
+        kept = {n: t.float() * scales_of(tensors, n) for n, t in tensors.items() if "scale" not in n}
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         settings.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(settings))
     return str(folder)
+
+
+def scales_of(tensors: Tensors, name: str) -> Any:
+    """What the elements of a weight count: its scales of channels or blocks, or 1."""
+    if f"{name}_scale_inv" in tensors:
+        return spread(tensors[f"{name}_scale_inv"], tensors[name].shape)
+    return tensors.get(f"{name}_scale", 1.0)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nemo_rl.generator.engine import VllmEngine
 from nemo_rl.refit.base import RefitOptions
 from nemo_rl.refit.errors import RefitError
+from tests.e2e.blocks import BLOCK, install, spread
 from tests.e2e.engines import (
     PROMPTS,
     FileSource,
@@ -61,8 +62,34 @@ def fp8_of_channels(tensors: Tensors, settings: dict[str, Any], seed: int) -> Te
     return out
 
 
+def fp8_of_blocks(tensors: Tensors, settings: dict[str, Any], seed: int) -> Tensors:
+    """Weights in FP8 with a scale a block, and scales of the KV cache without those of queries.
+
+    vLLM's loader keeps the latter in the engine's precision.
+    """
+    settings["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.gate"],
+    }
+    out = dict(tensors)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        rows, columns = (size // BLOCK for size in weight.shape)
+        scale = weight.view(rows, BLOCK, columns, BLOCK).abs().amax((1, 3)) / 448
+        out[name], out[f"{name}_scale_inv"] = (weight / spread(scale, weight.shape)).to(torch.float8_e4m3fn), scale
+    for layer in range(2):
+        for i, kind in enumerate("kv"):
+            out[f"model.layers.{layer}.self_attn.{kind}_scale"] = torch.tensor(
+                [0.01 * (seed + i) + 0.05 * layer], dtype=torch.bfloat16
+            )
+    return out
+
+
 CALM = {"initializer_range": 0.05}
 """Weights at which rounding does not drown in large logits."""
+BLOCKS = {**CALM, "head_dim": 64, "moe_intermediate_size": BLOCK, "mlp_only_layers": [0]}
 LATENT = {
     **CALM,
     "kv_lora_rank": 512,
@@ -96,6 +123,7 @@ def biased(tensors: Tensors, settings: dict[str, Any], seed: int) -> Tensors:
 KINDS = {
     "online": Kind("Qwen2", CALM, engine={"quantization": "fp8_per_channel"}),
     "calibrated": Kind("Qwen3", CALM, rewrite=fp8_of_channels),
+    "blocks": Kind("Qwen3Moe", BLOCKS, rewrite=fp8_of_blocks, engine={"kv_cache_dtype": "fp8"}),
     "latent": Kind("DeepseekV3", LATENT, rewrite=biased),
 }
 
@@ -104,20 +132,11 @@ KINDS = {
 
 
 def test_formats(tmp_path: Path) -> None:
-    check(
-        run(
-            __file__,
-            tmp_path,
-            ["online online bfloat16 1", "calibrated calibrated bfloat16 1"],
-        )
-    )
+    bfloat16 = [f"{kind} {kind} bfloat16 1" for kind in ("online", "calibrated", "blocks")]
+    check(run(__file__, tmp_path, [*bfloat16, "latent latent float32 1"]))
 
 
-def test_latent_attention(tmp_path: Path) -> None:
-    check(run(__file__, tmp_path, ["latent latent float32 1"]))
-
-
-# ---- inside their processes
+# ---- inside its process
 
 
 def lands(engine: VllmEngine, to_a: tuple[str, Any], to_b: tuple[str, Any]) -> dict[str, bool]:
@@ -253,7 +272,22 @@ def latent(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
     return found | logprobs(engine, a, b, 1e-5)
 
 
-SCENARIOS = {"latent": latent, "online": online, "calibrated": calibrated}
+def blocks(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+    """FP8 weights and their scales travel as they are; the kernels' format is theirs, the experts' scales too."""
+    found = lands(engine, (a, observe(engine)), (b, fresh_b))
+    tensors = load_file(f"{b}/model.safetensors")
+    want = [[*(float(tensors[f"model.layers.{i}.self_attn.{k}_scale"]) for k in "kv"), 1.0] * 2 for i in range(2)]
+    found["the cache's scales are the trainer's"] = engine.collective_rpc(cache_scales) == [want]
+    at = "model.layers.1.mlp.experts.2.down_proj.weight"
+    for name in (at, f"{at}_scale_inv"):
+        table = table_of({n: t for n, t in tensors.items() if n != name})
+        with fresh_landing(engine):
+            said = engine.collective_rpc(lambda w, t: inner(w).refit_landing().declare(t).problems, table)
+        found[f"{name} is missing"] = all(len(p) == 1 and "experts.w2_weight" in p[0] for p in said)
+    return found | logprobs(engine, a, b, 0.2)
+
+
+SCENARIOS = {"blocks": blocks, "latent": latent, "online": online, "calibrated": calibrated}
 
 
 def mend_rotary() -> None:
@@ -265,4 +299,5 @@ def mend_rotary() -> None:
 
 if __name__ == "__main__":
     mend_rotary()
+    install()
     answer(SCENARIOS, KINDS)
