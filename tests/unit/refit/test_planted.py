@@ -646,12 +646,16 @@ def test_a_checker_that_fails(side, monkeypatch):
 
 @pytest.mark.parametrize("side", ["pipeline", "misc"])
 def test_a_checker_that_skips(side, monkeypatch):
+    """Also where the digest is 0, as that of zeros."""
+
     class Lazy(Ledger):
         def take(self, number, view, region):
             return None
 
-    sim, _, landings, _ = two_by_two(misc=("w0",))
+    sim, sources, landings, _ = two_by_two(misc=("w0",))
     raise_any(sim.start())
+    for holding in (h for source in sources for h in source.held):
+        holding.view.zero_()
     monkeypatch.setattr(f"nemo_rl.refit.{side}.Ledger", Lazy)
     texts = {"pipeline": ("w1 [0:4, 0:8]", "has none"), "misc": ("w0 [0:4, 0:8]", "has none")}[side]
     caught(sim.refit(1), landings, VerificationError, *texts)
