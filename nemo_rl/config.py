@@ -142,7 +142,11 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True)
 class GrpoConfig:
-    """`refit_every` counts steps between refits; 0 never refits, so that generators keep the start weights."""
+    """`refit_every` counts steps between refits; 0 never refits, so that generators keep the start weights.
+
+    `max_gen_kl_error` ends the run where samples of the trainers' own weights differ more from what trainers compute:
+    the layouts of both sides then agree on something that the model is not.
+    """
 
     num_prompts_per_step: int = 32
     num_generations_per_prompt: int = 8
@@ -150,6 +154,7 @@ class GrpoConfig:
     normalize_rewards: bool = True
     use_leave_one_out_baseline: bool = True
     refit_every: int = 1
+    max_gen_kl_error: float = 0.1
     seed: int = 42
     step_deadline_s: float = 300.0
 

@@ -130,6 +130,7 @@ def _numbers(config: Config) -> Iterator[str]:
         "grpo.num_prompts_per_step": grpo.num_prompts_per_step,
         "grpo.max_num_steps": grpo.max_num_steps,
         "grpo.step_deadline_s": grpo.step_deadline_s,
+        "grpo.max_gen_kl_error": grpo.max_gen_kl_error,
         "cluster.start_deadline_s": cluster.start_deadline_s,
     }
     at_least: dict[str, tuple[float, float]] = {

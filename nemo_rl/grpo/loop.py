@@ -119,7 +119,7 @@ class GrpoLoop:
         advantages = self._advantages(batch)
         with self._timed("logprobs_s"):
             old, reference = (self._trainers.logprobs(batch, reference=r) for r in (False, True))
-        kl_error = generator_kl_error(old, batch.generator_logprobs, batch.mask)
+        kl_error = self._checked(generator_kl_error(old, batch.generator_logprobs, batch.mask), step)
         inputs = LossInputs(advantages, batch.mask, old, batch.generator_logprobs, reference)
         with self._timed("train_s"):
             trained = self._train(batch, inputs, self._learning_rate(step))
@@ -149,6 +149,18 @@ class GrpoLoop:
                 f"step {step}: samples carry weight versions {sorted(versions)}, not the committed {self._version}"
             )
         return samples
+
+    def _checked(self, kl_error: float, step: int) -> float:
+        """`kl_error` of step `step`. Raises RuntimeError where equal weights cannot have it."""
+        limit = self._config.grpo.max_gen_kl_error
+        if self._version == step - 1 and not kl_error <= limit:
+            raise RuntimeError(
+                f"step {step}: generators and trainers hold version {self._version}, but their log-probabilities "
+                f"differ by a KL of {kl_error:.3g}, above grpo.max_gen_kl_error={limit:g}; they train nothing. "
+                f"A family rule or the engine computes another model: set policy.refit.verify_against_checkpoint=true "
+                f"and compare the trainer with transformers"
+            )
+        return kl_error
 
     def _advantages(self, batch: RolloutBatch) -> torch.Tensor:
         grpo = self._config.grpo

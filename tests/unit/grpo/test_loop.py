@@ -106,6 +106,24 @@ def test_samples_of_another_version_are_refused() -> None:
         run(World(broken_version=True))
 
 
+@pytest.mark.parametrize("wrong", [0.6, float("nan")])
+def test_weights_that_compute_something_else_end_the_run(wrong: float) -> None:
+    """A rule that is wrong in both directions: the refit is proven and verified, the model is another one."""
+
+    class Misruled(World):
+        def refit(self, version: int) -> RefitSummary:
+            summary = super().refit(version)
+            self.served += wrong if version == 1 else 0.0
+            return summary
+
+    world = Misruled()
+    with pytest.raises(
+        RuntimeError, match=r"step 2: generators and trainers hold version 1.* KL of (0.\d+|nan), above"
+    ):
+        run(world)
+    assert world.calls.count("generate") == 2 and sum(c.startswith("train") for c in world.calls) == 2
+
+
 def test_seeds_are_those_of_seed_and_step() -> None:
     first, second, other = World(), World(), World()
     run(first)

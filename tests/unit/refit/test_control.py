@@ -95,7 +95,7 @@ def test_a_session_takes_what_its_rank_is():
     table = make_table({"a": ((4,), torch.float32)})
     source, landing = PlainSource.of(model(table), table, rows_of(table)), PlainLanding(rows_of(table))
     world, store = World.of(1, 1), dist.HashStore()
-    for rank, given in ((0, (None, landing)), (0, (source, landing)), (1, (None, None)), (1, (source, None))):
+    for rank, given in ((0, (None, None)), (0, (source, landing)), (1, (None, None)), (1, (source, landing))):
         with pytest.raises(ValueError, match=r"\(rank \d\): a trainer takes a source"):
             RefitSession(rank, world, store, RefitOptions(), *given)
     with pytest.raises(ValueError, match="transport 'pigeon' is not one of auto, gloo"):

@@ -661,6 +661,20 @@ def test_a_checker_that_skips(side, monkeypatch):
     caught(sim.refit(1), landings, VerificationError, *texts)
 
 
+def test_replicas_that_are_not_told_of(monkeypatch):
+    """A trainer that sends no digests of what it shares with another."""
+    table = make_table({"embed": ((8, 4), torch.float32)})
+    landing = PlainLanding(rows_of(table))
+    sim = SimulatedWorld([PlainSource.of(model(table), table, rows_of(table)) for _ in range(2)], [landing], FAST)
+    raise_any(sim.start())
+    verifier = sim.sessions[0]._agreed.verifier
+    verifier._told = replace(verifier._told, number=verifier._told.number[:0], peer=verifier._told.peer[:0])
+    statements = verifier.statements
+    empty = {name: np.zeros(0, np.int64) for name in ("bulk", "misc", "shared")}
+    verifier.statements = lambda held: {1: pack(None, empty), **statements(held)}
+    caught(sim.refit(1), [landing], VerificationError, "trainer 0 (rank 0) sent 0 digests for 1 shared boxes")
+
+
 @pytest.mark.parametrize("cut", [slice(0, 0), slice(0, -8), None])
 def test_digests_that_arrive_damaged(cut, monkeypatch):
     """A trainer's statement that is truncated, or that has fewer digests than it sent copies."""
