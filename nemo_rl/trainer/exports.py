@@ -55,17 +55,26 @@ def _stacked_name(match: re.Match[str]) -> str:
     return f"{match[1]}.{'down_proj' if match[3] == 'down_proj' else 'gate_up_proj'}"
 
 
-def with_cache_scales(trainer: SimulatedTrainer, kinds: Sequence[str] = "kvq") -> SimulatedTrainer:
-    """With `self_attn.k_scale` and so on, `[1]` in float32, on every rank that holds some attention of the layer."""
-    attention = re.compile(r"(.+\.self_attn)\..+")
-    prefixes = natural_order({m[1] for fqn in trainer.table if (m := attention.fullmatch(fqn))})
-    scales = {f"{prefix}.{kind}_scale": TensorMeta((1,), torch.float32) for prefix in prefixes for kind in kinds}
+def with_cache_scales(
+    trainer: SimulatedTrainer, kinds: Sequence[str] = "kvq", *, module: str = "self_attn", size: tuple[int, ...] = (1,)
+) -> SimulatedTrainer:
+    """With the scales of an FP8 KV cache, which every rank holds that holds some attention of the layer.
+
+    Args:
+        kinds: `k` for keys, `v` for values, `q` for queries.
+        module: part of a layer whose `k_scale` and so on they are.
+        size: of a scale, which is one float32 number.
+    """
+    attention = re.compile(r"(.+)\.self_attn\..+")
+    layers = natural_order({m[1] for fqn in trainer.table if (m := attention.fullmatch(fqn))})
+    names = {layer: [f"{layer}.{module}.{kind}_scale" for kind in kinds] for layer in layers}
+    scales = {name: TensorMeta(size, torch.float32) for layer in layers for name in names[layer]}
 
     def with_scales(fqn: str, region: Region) -> Iterator[tuple[str, Region]]:
         yield fqn, region
         match = attention.fullmatch(fqn)
         if match is not None:
-            yield from ((f"{match[1]}.{kind}_scale", Region((0,), (1,))) for kind in kinds)
+            yield from ((name, Region.whole(size)) for name in names[match[1]])
 
     return _retold(trainer, trainer.table | scales, with_scales)
 

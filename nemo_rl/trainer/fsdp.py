@@ -47,28 +47,29 @@ def _slabs(fqn: str, shape: Shape) -> list[_Slab]:
     raise ValueError(f"{fqn} {shape}: experts come as gate_up_proj, up_proj and down_proj of 3 dims; extend the rule")
 
 
-def _apart_table(fqn: str, meta: TensorMeta) -> TensorTable:
+def _apart_table(fqn: str, meta: TensorMeta, slabs: list[_Slab]) -> TensorTable:
     """The checkpoint's tensors that parameter `fqn` is."""
-    slabs, out = _slabs(fqn, meta.shape), {} if _slabs(fqn, meta.shape) else {fqn: meta}
-    for expert in range(meta.shape[0] if slabs else 0):
-        for slab in slabs:
-            out[_expert_name(fqn, expert, slab)] = TensorMeta((slab.stop - slab.start, meta.shape[2]), meta.dtype)
-    return out
+    if not slabs:
+        return {fqn: meta}
+    return {
+        _expert_name(fqn, expert, slab): TensorMeta((slab.stop - slab.start, meta.shape[2]), meta.dtype)
+        for expert in range(meta.shape[0])
+        for slab in slabs
+    }
 
 
 def _expert_name(fqn: str, expert: int, slab: _Slab) -> str:
     return f"{fqn.rpartition('.')[0]}.{expert}.{slab.name}.weight"
 
 
-def _apart(fqn: str, shape: Shape, held: Region) -> Iterator[tuple[str, Region, Region | None]]:
+def _apart(fqn: str, held: Region, slabs: list[_Slab]) -> Iterator[tuple[str, Region, Region | None]]:
     """(checkpoint name, region of it, where it lies in the parameter) of what is held of it; None means all of it."""
-    slabs = _slabs(fqn, shape)
     if not slabs:
         yield fqn, held, None
         return
     for expert in range(held.offsets[0], held.ends[0]):
         for slab in slabs:
-            inside = Region((expert, slab.start, 0), (1, slab.stop - slab.start, shape[2]))
+            inside = Region((expert, slab.start, held.offsets[2]), (1, slab.stop - slab.start, held.sizes[2]))
             common = inside.intersect(held)
             if common is not None:
                 region = Region((common.offsets[1] - slab.start, common.offsets[2]), common.sizes[1:])
@@ -89,12 +90,14 @@ class FsdpSource:
         adapters_only: bool = False,
         not_generated_from: tuple[str, ...] = (),
         rename: Callable[[str], str] = str,
+        stacked_experts: bool = False,
     ) -> None:
         """
         Args:
             adapters_only: export what is trained; the frozen base is listed as unused.
             not_generated_from: prefixes of tensors that no generator has, such as a value head; listed as unused.
             rename: checkpoint's name of a name of the module; it comes before experts are told apart.
+            stacked_experts: export the experts of a layer as the module has them, without telling them apart.
 
         Raises:
             ValueError: the module is gathered and not sharded, or experts come in an unknown form; by name.
@@ -103,7 +106,8 @@ class FsdpSource:
         self._table: TensorTable = {}
         self._holdings: list[Holding] = []
         for name, tensor in self._exported(module, adapters_only, not_generated_from):
-            self._add(_plain_name(rename(name)), tensor)
+            fqn = _plain_name(rename(name))
+            self._add(fqn, tensor, [] if stacked_experts else _slabs(fqn, tuple(tensor.shape)))
         self._table = {fqn: self._table[fqn] for fqn in natural_order(self._table)}
 
     def table(self) -> TensorTable:
@@ -133,12 +137,11 @@ class FsdpSource:
             else:
                 yield name, tensor
 
-    def _add(self, fqn: str, tensor: torch.Tensor) -> None:
-        shape = tuple(tensor.shape)
+    def _add(self, fqn: str, tensor: torch.Tensor, slabs: list[_Slab]) -> None:
         whole = holdings_of(fqn, tensor) if isinstance(tensor, DTensor) else [_whole(fqn, tensor)]
-        self._table |= _apart_table(fqn, TensorMeta(shape, tensor.dtype))
+        self._table |= _apart_table(fqn, TensorMeta(tuple(tensor.shape), tensor.dtype), slabs)
         for held in whole:
-            for name, region, inside in _apart(fqn, shape, held.region):
+            for name, region, inside in _apart(fqn, held.region, slabs):
                 if region.volume:
                     view = held.view if inside is None else held.view[inside.slices_in(held.region)][0]
                     self._holdings.append(Holding(name, region, view))
@@ -184,7 +187,7 @@ def simulate_fsdp(
     """What the ranks of an FSDP2 trainer hold of a checkpoint's tensors; no process, no weights.
 
     Args:
-        table: the checkpoint's tensors.
+        table: the checkpoint's tensors; stacked experts stay so.
         dim: that parameters are sharded on, as torch.chunk does; the last one of tensors with fewer dims.
         replicas: groups of ranks that each hold the whole model; ranks of a group follow each other.
         fused_experts: experts of a layer are one parameter, as transformers 5 keeps them.
@@ -197,17 +200,24 @@ def simulate_fsdp(
         raise ValueError(f"{replicas} replicas do not divide {world_size} ranks; choose a divisor")
     shards = world_size // replicas
     parameters = _fused(table) if fused_experts else {fqn: meta.shape for fqn, meta in table.items()}
-    made = [tuple(_rows(parameters, shards, shard, dim, buffers)) for shard in range(shards)]
+    slabs = {fqn: [] if fqn in table else _slabs(fqn, shape) for fqn, shape in parameters.items()}
+    made = [tuple(_rows(parameters, slabs, (shards, shard), dim, buffers)) for shard in range(shards)]
     return SimulatedTrainer(dict(table), tuple(made[rank % shards] for rank in range(world_size)))
 
 
 def _rows(
-    parameters: Mapping[str, Shape], shards: int, shard: int, dim: int, buffers: tuple[str, ...]
+    parameters: Mapping[str, Shape],
+    slabs: Mapping[str, list[_Slab]],
+    shard: tuple[int, int],
+    dim: int,
+    buffers: tuple[str, ...],
 ) -> Iterator[tuple[str, Region]]:
+    """Of shard `shard[1]` of `shard[0]`."""
+    count, index = shard
     for fqn, shape in parameters.items():
         placement = Replicate() if not shape or fqn.endswith(buffers) else Shard(min(dim, len(shape) - 1))
-        for held, _ in shard_regions(shape, (shards,), (shard,), (placement,)):
-            yield from ((name, region) for name, region, _ in _apart(fqn, shape, held) if region.volume)
+        for held, _ in shard_regions(shape, (count,), (index,), (placement,)):
+            yield from ((name, region) for name, region, _ in _apart(fqn, held, slabs[fqn]) if region.volume)
 
 
 def _fused(table: TensorTable) -> dict[str, Shape]:

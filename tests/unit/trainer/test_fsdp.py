@@ -118,6 +118,16 @@ def test_replicas_share_rows() -> None:
         simulate_fsdp(table, 4, replicas=3)
 
 
+def test_stacked_experts_may_stay_stacked() -> None:
+    module = torch.nn.Module()
+    module.experts = torch.nn.Module()
+    module.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 2, 3))
+    assert FsdpSource(module, rename=lambda n: f"m.{n}", stacked_experts=True).table().keys() == {"m.experts.down_proj"}
+    assert len(FsdpSource(module, rename=lambda n: f"m.{n}").table()) == 4
+    table = {"m.experts.down_proj": TensorMeta((4, 2, 3), torch.float32)}
+    assert simulate_fsdp(table, 2).rows[1] == (("m.experts.down_proj", Region((2, 0, 0), (2, 2, 3))),)
+
+
 def test_adapters_of_a_frozen_base_travel_alone() -> None:
     module = torch.nn.Module()
     module.q_proj = torch.nn.Linear(4, 6, bias=False).requires_grad_(False)
