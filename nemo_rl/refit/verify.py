@@ -39,11 +39,16 @@ class Shared:
     sizes: np.ndarray
 
     @classmethod
-    def of(cls, plan: RefitPlan, sources: Mapping[int, Layout]) -> Shared:
+    def of(cls, plan: RefitPlan, sources: Mapping[int, Layout], rank: int) -> Shared:
+        """What trainer `rank` shares, and what others share of the tensors that it holds; nothing for other ranks."""
+        own = set(sources[rank].names) if rank in sources else set()
+        near = {id(layout): not own.isdisjoint(layout.names) for layout in sources.values()}  # replicas are one object
         index = {name: i for i, name in enumerate(plan.table)}
         ndim = max((len(m.shape) for m in plan.table.values()), default=0)
-        held = Boxes.of(sources, index, ndim)
-        held = held.take(np.flatnonzero(np.isin(held.tensor, np.union1d(plan.bulk.tensor, plan.misc.tensor))))
+        held = Boxes.of({r: layout for r, layout in sources.items() if near[id(layout)]}, index, ndim)
+        travelling = np.union1d(plan.bulk.tensor, plan.misc.tensor)
+        mine = np.array([index[name] for name in own], np.int64)
+        held = held.take(np.flatnonzero(np.isin(held.tensor, np.intersect1d(travelling, mine))))
         key = np.column_stack([held.tensor, held.offsets, held.sizes])
         _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
         same = first[group.reshape(-1)]
@@ -78,7 +83,7 @@ class Verifier:
         self._pieces: list[tuple[int, Region]] = []  # of the source: row and region; equal ones are read once
         self._numbers: dict[tuple[int, Region], int] = {}
         self._bulk, self._misc = self._note_copies(plan.bulk), self._note_copies(plan.misc)
-        shared = Shared.of(plan, sources)
+        shared = Shared.of(plan, sources, rank)
         self._told = self._note_shared(shared, shared.first_rank, shared.first_row, shared.rank)
         self._asked = self._note_shared(shared, shared.rank, shared.row, shared.first_rank)
         layout = sources.get(rank)
