@@ -13,7 +13,7 @@ from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import MiscBuffer, RefitPlan
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.transports.base import Transport
+from nemo_rl.refit.transports.base import Channel
 
 
 def root_layout(plan: RefitPlan) -> Layout:
@@ -40,8 +40,8 @@ def unpack(plan: RefitPlan, buffer: MiscBuffer, memory: torch.Tensor) -> dict[st
 class RootSink:
     """The root's landing: a unit is a packed buffer, which leaves as a broadcast when it is whole."""
 
-    def __init__(self, plan: RefitPlan, transport: Transport, deadline_s: float) -> None:
-        self._plan, self._transport = plan, transport
+    def __init__(self, plan: RefitPlan, channel: Channel, device: torch.device, deadline_s: float) -> None:
+        self._plan, self._channel, self._device = plan, channel, device
         self._end = time.monotonic() + deadline_s
         self._row = {fqn: i for i, fqn in enumerate(plan.misc_fqns)}
         self._open: dict[int, torch.Tensor] = {}
@@ -52,7 +52,7 @@ class RootSink:
 
     def open(self, unit: int) -> Mapping[int, torch.Tensor]:
         buffer = self._plan.misc_buffers[unit]
-        self._open[unit] = torch.empty(buffer.num_bytes, dtype=torch.uint8)
+        self._open[unit] = torch.empty(buffer.num_bytes, dtype=torch.uint8, device=self._device)
         self.staging_bytes = max(self.staging_bytes, sum(m.nbytes for m in self._open.values()))
         return {self._row[f]: view for f, view in unpack(self._plan, buffer, self._open[unit]).items()}
 
@@ -60,7 +60,7 @@ class RootSink:
         assert unit == self._next, f"buffer {unit} is whole before buffer {self._next}: receivers expect plan order"
         self._next = next((i for i in range(unit + 1, self._count) if self._plan.misc_buffers[i].num_bytes), -1)
         memory = self._open.pop(unit)
-        work = self._transport.broadcast(memory, self._plan.misc_root, audience(self._plan))
+        work = self._channel.broadcast(memory, self._plan.misc_root, audience(self._plan))
         work.wait(self._end - time.monotonic())
         self.sent_bytes += memory.nbytes
 
@@ -68,8 +68,11 @@ class RootSink:
 class Receiver:
     """A generator's end: yields whole tensors as buffers arrive and keeps the digests of what arrived."""
 
-    def __init__(self, plan: RefitPlan, rank: int, transport: Transport, deadline_s: float, verify: bool) -> None:
-        self._plan, self._rank, self._transport, self._verify = plan, rank, transport, verify
+    def __init__(
+        self, plan: RefitPlan, rank: int, channel: Channel, device: torch.device, deadline_s: float, verify: bool
+    ) -> None:
+        self._plan, self._rank, self._channel, self._verify = plan, rank, channel, verify
+        self._device = device
         self._end = time.monotonic() + deadline_s
         self.ledger = Ledger(len(plan.misc))
         self.staging_bytes = 0
@@ -81,7 +84,7 @@ class Receiver:
         largest = max((b.num_bytes for b in self._plan.misc_buffers), default=0)
         self.staging_bytes = largest
         for buffer in self._plan.misc_buffers:
-            memory = torch.empty(buffer.num_bytes, dtype=torch.uint8)
+            memory = torch.empty(buffer.num_bytes, dtype=torch.uint8, device=self._device)
             if buffer.num_bytes:  # a buffer of empty tensors does not travel
                 self._receive(buffer, memory)
             self.received_bytes += buffer.num_bytes
@@ -94,7 +97,7 @@ class Receiver:
 
     def _receive(self, buffer: MiscBuffer, memory: torch.Tensor) -> None:
         plan = self._plan
-        work = self._transport.broadcast(memory, plan.misc_root, audience(plan))
+        work = self._channel.broadcast(memory, plan.misc_root, audience(plan))
         try:
             work.wait(self._end - time.monotonic())
         except RuntimeError as error:

@@ -16,7 +16,7 @@ from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.transports.base import Pending, Transport, as_bytes
+from nemo_rl.refit.transports.base import Channel, Pending, as_bytes
 
 IN_PLACE = -1
 """The landing unit of rows whose bytes land in the storage that kernels read."""
@@ -60,11 +60,13 @@ class Tracker:
         verify: take digests of load-format bytes before a unit closes.
 
     Attributes:
+        layout: of this rank's destinations.
         ledger: digests of the copies that land here, numbered in the order of `copies`.
     """
 
     def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, sink: Sink, verify: bool) -> None:
-        self._plan, self._copies, self._layout, self._sink, self._verify = plan, copies, layout, sink, verify
+        self._plan, self._copies, self._sink, self._verify = plan, copies, sink, verify
+        self.layout = layout
         self._mine = np.flatnonzero(copies.dst_rank == rank)
         self._unit_of = layout.unit[copies.dst_row[self._mine]]
         units, counts = np.unique(self._unit_of, return_counts=True)
@@ -80,10 +82,10 @@ class Tracker:
         """Destination view of copy `index`."""
         row = int(self._copies.dst_row[index])
         region = self._plan.region(self._copies, index)
-        return self.row_view(row)[region.slices_in(self._layout.region(row))]
+        return self.row_view(row)[region.slices_in(self.layout.region(row))]
 
     def row_view(self, row: int) -> torch.Tensor:
-        unit = int(self._layout.unit[row])
+        unit = int(self.layout.unit[row])
         if unit not in self._views:
             self._views[unit] = self._sink.open(unit)
         return self._views[unit][row]
@@ -91,7 +93,7 @@ class Tracker:
     def landed(self, indices: Sequence[int]) -> None:
         """Copies `indices` are in place; closes every unit that is whole."""
         for index in indices:
-            unit = int(self._layout.unit[self._copies.dst_row[index]])
+            unit = int(self.layout.unit[self._copies.dst_row[index]])
             self._left[unit] -= 1
             if self._left[unit] == 0:
                 self._close(unit)
@@ -144,7 +146,7 @@ class _Flight:
 
 @dataclass
 class Pipeline:
-    """Moves one table of copies over a transport, with at most `num_streams` messages in flight each way.
+    """Moves tables of copies over a channel, with at most `num_streams` messages in flight each way.
 
     Every rank starts its messages in plan order and waits for its oldest one before it starts one too many, so a wait
     only ever depends on messages of earlier rounds: no cycle, no deadlock.
@@ -152,7 +154,7 @@ class Pipeline:
 
     plan: RefitPlan
     rank: int
-    transport: Transport
+    channel: Channel
     num_streams: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -206,6 +208,9 @@ class Pipeline:
         traffic.staging_bytes = self._out.num_bytes + self._in.num_bytes
         return traffic
 
+    def close(self) -> None:
+        """Nothing of its own: the channel belongs to the session."""
+
     def _send(self, copies: CopyTable, message: Message, src_view: Callable[[int, Region], torch.Tensor]) -> _Flight:
         views = [src_view(int(copies.src_row[i]), self.plan.region(copies, i)) for i in range(message.lo, message.hi)]
         if len(views) == 1 and views[0].is_contiguous():
@@ -215,7 +220,7 @@ class Pipeline:
             buffer = slot[: message.num_bytes]
             for part, view in zip(_parts(buffer, views), views, strict=True):
                 part.copy_(view)
-        return _Flight(message, self.transport.send(buffer, message.dst_rank, message.index), slot, buffer)
+        return _Flight(message, self.channel.send(buffer, message.dst_rank, message.index), slot, buffer)
 
     def _recv(self, copies: CopyTable, message: Message, tracker: Tracker) -> _Flight:
         slot = None
@@ -224,7 +229,7 @@ class Pipeline:
         else:
             slot = self._in.take(message.num_bytes)
             buffer = slot[: message.num_bytes]
-        return _Flight(message, self.transport.recv(buffer, message.src_rank, message.index), slot, buffer)
+        return _Flight(message, self.channel.recv(buffer, message.src_rank, message.index), slot, buffer)
 
     def _sent(self, flight: _Flight, copies: CopyTable, end: float) -> None:
         self._wait(flight, copies, end)

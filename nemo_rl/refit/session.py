@@ -32,15 +32,14 @@ from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.transports.base import Transport
-from nemo_rl.refit.transports.gloo import GlooTransport
-from nemo_rl.refit.transports.golden import run_golden
+from nemo_rl.refit.transports.base import Channel
+from nemo_rl.refit.transports.mover import Mover, Setting, Transport
+from nemo_rl.refit.transports.registry import NAMES, choose, open_channel, own_fact
 from nemo_rl.refit.verify import Verifier
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = ("auto", "gloo", "golden", "broadcast")
-"""Names that a session takes; `auto` is `gloo` where tensors are on the CPU."""
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +47,8 @@ class _Link:
     """What connect() makes."""
 
     control: Control
-    transport: Transport | None
-
-    @property
-    def moves(self) -> Transport:
-        assert self.transport is not None
-        return self.transport
+    transport: Transport
+    channel: Channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +60,7 @@ class _Agreed:
     declarations: Mapping[int, Declaration]
     verifier: Verifier | None
     pipeline: Pipeline
+    mover: Mover
 
 
 class RefitSession:
@@ -77,7 +73,8 @@ class RefitSession:
         options: equal on all ranks (checked).
         source: on a trainer, what it holds.
         landing: on a generator, where it lands.
-        transport: an opened transport to use instead of the one that `options` names (simulated ranks).
+        device: where this rank's tensors and buffers are.
+        channel: an open channel to use instead of one of the session's own (simulated ranks).
 
     A session that failed once is poisoned: every later call raises PoisonedError with the first failure.
     """
@@ -90,17 +87,18 @@ class RefitSession:
         options: RefitOptions,
         source: Source | None = None,
         landing: Landing | None = None,
-        transport: Transport | None = None,
+        device: torch.device = _CPU,
+        channel: Channel | None = None,
     ) -> None:
         if (source is not None) != (rank in world.trainers) or (landing is not None) != (rank in world.generators):
             raise ValueError(
                 f"{world.describe(rank)}: a trainer takes a source, a generator a landing, and nothing else"
             )
-        if options.transport not in TRANSPORTS:
-            raise ValueError(f"transport '{options.transport}' is not one of {', '.join(TRANSPORTS)}")
+        if options.transport not in NAMES:
+            raise ValueError(f"transport '{options.transport}' is not one of {', '.join(NAMES)}")
         self.rank, self.world, self.options = rank, world, options
         self._address, self._source, self._landing = store, source, landing
-        self._given_transport = transport
+        self._device, self._given_channel = device, channel
         self._failure: RefitError | None = None
         self._version: int | None = None
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
@@ -108,6 +106,7 @@ class RefitSession:
         self._touched = False
         self._phase = "connect"
         self._phase_s: dict[str, float] = {}
+        self._control: Control | None = None
         self._link_or_none: _Link | None = None
         self._agreed_or_none: _Agreed | None = None
         self._holdings: list[Holding] = []
@@ -115,15 +114,18 @@ class RefitSession:
     # ---- declare, plan, agree
 
     def connect(self) -> None:
-        """Reach the store and every peer. Raises TransferError, naming who did not answer."""
+        """Reach the store and every peer, and choose the transport.
+
+        Raises:
+            TransferError: a rank did not answer, or does not support the transport; its name and the reason.
+        """
         with self._guarded("connect"):
             deadline = self.options.deadline_s
-            control = Control(self.rank, self.world, self._address, deadline)
-            self._link_or_none = _Link(control, self._given_transport)
-            control.gather("connect", self._mode().encode())
-            if self._given_transport is None:
-                transport = GlooTransport(control.store, self.rank, self.world.size, deadline)
-                self._link_or_none = _Link(control, transport)
+            control = self._control = Control(self.rank, self.world, self._address, deadline)
+            given = self._given_channel
+            transport = choose(control, self.options.transport, own_fact(self._device, given is not None))
+            channel = given or open_channel(self._device, control.store, self.rank, self.world.size, deadline)
+            self._link_or_none = _Link(control, transport, channel)
 
     def plan(self, problems: Sequence[str] = ()) -> RefitPlan:
         """Declare this rank's layout, join all layouts, prove the plan and agree on it.
@@ -144,10 +146,12 @@ class RefitSession:
             if self.rank == self.world.trainers[0]:
                 log.info("%s", plan.describe())
         with self._guarded("agree"):
-            agree(self._link.control, statement(plan, self._mode(), self.options))
-            pipeline = Pipeline(plan, self.rank, self._link.moves, self.options.num_streams)
+            agree(self._link.control, statement(plan, self._link.transport.name, self.options))
+            link = self._link
+            pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
+            mover = link.transport.mover(Setting(plan, self.rank, self._device, link.control, pipeline, said.sources))
             verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
-            self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, pipeline)
+            self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, pipeline, mover)
         return plan
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
@@ -159,13 +163,13 @@ class RefitSession:
         return share_sources(self._link.control, self._source, layout, problems)
 
     def _check_devices(self) -> None:
-        away = next((h for h in self._holdings if h.view.device.type != "cpu"), None)
+        away = next((h for h in self._holdings if h.view.device != self._device), None)
         if away is not None:
             raise PlanError(
-                f"{away.fqn} is on {away.view.device}, and transport '{self._mode()}' moves CPU tensors",
+                f"{away.fqn} is on {away.view.device}, and this rank was declared to be on {self._device}",
                 rank=self.rank,
                 phase="declare",
-                remedy="run trainers on the CPU; direct transports between GPUs are not part of this version",
+                remedy="give the session the device of the model",
             )
 
     def _join(self, said: Declared, declarations: Mapping[int, Declaration]) -> RefitPlan:
@@ -178,16 +182,13 @@ class RefitSession:
                 declarations,
                 said.table,
                 bucket_bytes=self.options.bucket_bytes,
-                all_misc="conventional refit" if self._mode() == "broadcast" else None,
+                all_misc=self._link.transport.all_misc,
                 unused=said.unused,
             )
         except Refusal as error:
             raise PlanError(
                 str(error), rank=self.rank, phase="plan", remedy="make the named layouts meet; nothing was moved"
             ) from error
-
-    def _mode(self) -> str:
-        return "gloo" if self.options.transport == "auto" else self.options.transport
 
     # ---- transfer, verify, commit
 
@@ -223,7 +224,7 @@ class RefitSession:
             self._commit(version)
         return RefitReport(
             version=version,
-            transport=self._mode(),
+            transport=self._link.transport.name,
             verified=self.options.verify,
             total_s=time.monotonic() - started,
             phase_s=dict(self._phase_s),
@@ -236,13 +237,8 @@ class RefitSession:
 
     def close(self) -> None:
         """Give up connections; idempotent."""
-        if (
-            self._link_or_none is not None
-            and self._given_transport is None
-            and self._link_or_none.transport is not None
-        ):
-            self._link_or_none.transport.close()
-        self._link_or_none = self._agreed_or_none = None
+        self._disconnect()
+        self._control = self._link_or_none = self._agreed_or_none = None
         self._failure = self._failure or PoisonedError(
             "the session was closed", rank=self.rank, phase="close", remedy="make a new session"
         )
@@ -289,12 +285,7 @@ class RefitSession:
         if self._landing is not None:
             layout = agreed.declarations[self.rank].layout
             tracker = Tracker(agreed.plan, agreed.plan.bulk, self.rank, layout, self._landing, self.options.verify)
-        if self._mode() == "golden":
-            landing = None if tracker is None else (layout, tracker)
-            args = (agreed.plan, self.rank, self._link.moves, agreed.sources, self._holdings, landing)
-            traffic = run_golden(*args, self._data_s)
-        else:
-            traffic = agreed.pipeline.run(agreed.plan.bulk, self._src_view, tracker, self._data_s)
+        traffic = agreed.mover.run(agreed.plan.bulk, self._src_view, tracker, self._data_s)
         if tracker is not None and tracker.unfinished:
             raise TransferError(
                 f"landing units {tracker.unfinished} (unit: copies) are incomplete",
@@ -307,11 +298,11 @@ class RefitSession:
         return traffic, tracker
 
     def _move_misc(self) -> tuple[Traffic, Ledger]:
-        agreed, transport, deadline = self._agreed, self._link.moves, self._data_s
+        agreed, channel, deadline = self._agreed, self._link.channel, self._data_s
         if not agreed.plan.misc_fqns:
             return Traffic(), Ledger(0)
         if self._landing is not None:
-            receiver = misc.Receiver(agreed.plan, self.rank, transport, deadline, self.options.verify)
+            receiver = misc.Receiver(agreed.plan, self.rank, channel, self._device, deadline, self.options.verify)
             self._landing.load_misc(receiver.tensors())
             if not receiver.exhausted:
                 raise TransferError(
@@ -323,7 +314,7 @@ class RefitSession:
             return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.ledger
         if self.rank != agreed.plan.misc_root:
             return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), Ledger(0)
-        sink = misc.RootSink(agreed.plan, transport, deadline)
+        sink = misc.RootSink(agreed.plan, channel, self._device, deadline)
         whole = misc.root_layout(agreed.plan)
         tracker = Tracker(agreed.plan, agreed.plan.misc, self.rank, whole, sink, verify=False)
         traffic = agreed.pipeline.run(agreed.plan.misc, self._src_view, tracker, deadline)
@@ -399,7 +390,13 @@ class RefitSession:
         log.error("%s", error)
         if self._landing is not None and self._touched:
             self._landing.reject(str(error))
+        if self._control is not None:
+            self._control.abort(error)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Give up the mover's windows and the channel, which releases peers that wait for this rank."""
+        if self._agreed_or_none is not None:
+            self._agreed_or_none.mover.close()
         if self._link_or_none is not None:
-            self._link_or_none.control.abort(error)
-            if self._link_or_none.transport is not None:
-                self._link_or_none.transport.close()
+            self._link_or_none.channel.close()

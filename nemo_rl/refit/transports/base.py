@@ -1,4 +1,4 @@
-"""What a transport is: it moves bytes between ranks and knows no models."""
+"""What a channel is: it carries flat buffers between ranks and knows neither plans nor models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Pending(Protocol):
         """Block until the buffer may be used again. Raises RuntimeError where the peer failed or time ran out."""
 
 
-class Transport(Protocol):
+class Channel(Protocol):
     """Point-to-point messages and a broadcast of uint8 buffers among the ranks of one session.
 
     Both ends start the transfers between them in the same order. Buffers are contiguous and stay alive until waited

@@ -1,4 +1,4 @@
-"""Messages over gloo sockets: the transport of CPU machines."""
+"""Messages over gloo sockets: the channel of CPU tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Work:
         self._work.wait(timedelta(seconds=max(deadline_s, 0.001)))
 
 
-class GlooTransport:
+class GlooChannel:
     """Process groups of its own, apart from torch's default group.
 
     Args:

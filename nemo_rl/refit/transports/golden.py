@@ -6,56 +6,68 @@ Slow and memory-hungry on purpose. It reads layouts, not the plan's copies, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
-from nemo_rl.refit.layout import Holding, Layout
+from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.pipeline import Tracker, Traffic
-from nemo_rl.refit.plan import RefitPlan
-from nemo_rl.refit.transports.base import Transport, as_bytes
+from nemo_rl.refit.plan import CopyTable
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import as_bytes
+from nemo_rl.refit.transports.mover import Setting
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def run_golden(
-    plan: RefitPlan,
-    rank: int,
-    transport: Transport,
-    sources: Mapping[int, Layout],
-    holdings: Sequence[Holding],
-    landing: tuple[Layout, Tracker] | None,
-    deadline_s: float,
-) -> Traffic:
-    """Move every bulk tensor of `plan`; all ranks of the world call it.
+class Golden:
+    """The mover of one rank. It holds at most one whole tensor and one piece at a time."""
 
-    Args:
-        sources: every trainer rank's layout.
-        holdings: this rank's, row by row as in its layout; empty on generators.
-        landing: this rank's destination layout and its tracker; None on trainers.
+    def __init__(self, setting: Setting) -> None:
+        self._plan, self._rank, self._device = setting.plan, setting.rank, setting.device
+        self._channel, self._sources = setting.messages.channel, setting.sources
 
-    Raises:
-        RuntimeError: a broadcast failed or the deadline passed.
-    """
-    end = time.monotonic() + deadline_s
-    traffic = Traffic()
-    everyone = tuple(range(plan.world.size))
-    owners = _owners(sources)
-    for fqn in dict.fromkeys(plan.names[t] for t in np.unique(plan.bulk.tensor)):
-        meta = plan.table[fqn]
-        full = torch.empty(meta.shape, dtype=meta.dtype) if landing else None
-        for (offsets, sizes), (owner, row) in owners[fqn].items():
-            piece = holdings[row].view.contiguous() if rank == owner else torch.empty(sizes, dtype=meta.dtype)
-            transport.broadcast(as_bytes(piece), owner, everyone).wait(end - time.monotonic())
-            traffic.sent_bytes += piece.nbytes if rank == owner else 0
-            traffic.received_bytes += 0 if rank == owner else piece.nbytes
-            traffic.staging_bytes = max(traffic.staging_bytes, piece.nbytes + (full.nbytes if full is not None else 0))
-            if full is not None:
-                full[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = piece
-        if landing and full is not None:
-            _land(plan, rank, fqn, full, *landing)
-    return traffic
+    def run(
+        self,
+        copies: CopyTable,
+        src_view: Callable[[int, Region], torch.Tensor],
+        tracker: Tracker | None,
+        deadline_s: float,
+    ) -> Traffic:
+        """Move every tensor of `copies`; all ranks of the world call it.
+
+        Raises:
+            RuntimeError: a broadcast failed or the deadline passed.
+        """
+        end = time.monotonic() + deadline_s
+        traffic = Traffic()
+        everyone = tuple(range(self._plan.world.size))
+        owners = _owners(self._sources)
+        for fqn in dict.fromkeys(self._plan.names[t] for t in np.unique(copies.tensor)):
+            meta = self._plan.table[fqn]
+            full = self._empty(meta.shape, meta.dtype) if tracker is not None else None
+            for (offsets, sizes), (owner, row) in owners[fqn].items():
+                if self._rank == owner:
+                    piece = src_view(row, Region(offsets, sizes)).contiguous()
+                else:
+                    piece = self._empty(sizes, meta.dtype)
+                self._channel.broadcast(as_bytes(piece), owner, everyone).wait(end - time.monotonic())
+                traffic.sent_bytes += piece.nbytes if self._rank == owner else 0
+                traffic.received_bytes += 0 if self._rank == owner else piece.nbytes
+                held = piece.nbytes + (0 if full is None else full.nbytes)
+                traffic.staging_bytes = max(traffic.staging_bytes, held)
+                if full is not None:
+                    full[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = piece
+            if tracker is not None and full is not None:
+                _land(copies, self._rank, fqn, full, tracker)
+        return traffic
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def close(self) -> None:
+        return None
 
 
 def _owners(sources: Mapping[int, Layout]) -> dict[str, dict[_Box, tuple[int, int]]]:
@@ -70,11 +82,12 @@ def _owners(sources: Mapping[int, Layout]) -> dict[str, dict[_Box, tuple[int, in
     return owners
 
 
-def _land(plan: RefitPlan, rank: int, fqn: str, full: torch.Tensor, layout: Layout, tracker: Tracker) -> None:
+def _land(copies: CopyTable, rank: int, fqn: str, full: torch.Tensor, tracker: Tracker) -> None:
+    layout = tracker.layout
     for row in range(len(layout)):
         if layout.fqn(row) == fqn:
             starts, sizes = layout.offsets[row, : full.ndim].tolist(), layout.sizes[row, : full.ndim].tolist()
             index = tuple(slice(o, o + s) for o, s in zip(starts, sizes, strict=True))
             tracker.row_view(row).copy_(full[index])
-            mine = np.flatnonzero((plan.bulk.dst_rank == rank) & (plan.bulk.dst_row == row))
+            mine = np.flatnonzero((copies.dst_rank == rank) & (copies.dst_row == row))
             tracker.landed(mine.tolist())

@@ -39,7 +39,7 @@ class _Received:
         self.buffer.copy_(message)
 
 
-class InprocTransport:
+class InprocChannel:
     """One rank's end of a `Hub`. A send copies, so that the sender's buffer is free at once."""
 
     name = "inproc"

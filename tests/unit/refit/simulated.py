@@ -14,8 +14,8 @@ from nemo_rl.refit.base import Declaration, RefitOptions, World
 from nemo_rl.refit.layout import Holding, Layout, TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
-from nemo_rl.refit.transports.base import Transport
-from nemo_rl.refit.transports.inproc import Hub, InprocTransport
+from nemo_rl.refit.transports.base import Channel
+from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 
 Rows = Sequence[tuple[str, Region]]
 
@@ -136,7 +136,7 @@ class SimulatedWorld:
         sources: Sequence[PlainSource],
         landings: Sequence[Any],
         options: RefitOptions | Mapping[int, RefitOptions] | None = None,
-        wrap: Callable[[int, Transport], Transport] = lambda rank, transport: transport,
+        wrap: Callable[[int, Channel], Channel] = lambda rank, channel: channel,
     ) -> None:
         options = options or RefitOptions(deadline_s=20)
         self.world = World.of(len(sources), len(landings))
@@ -147,8 +147,8 @@ class SimulatedWorld:
             mine = options if isinstance(options, RefitOptions) else options[rank]
             source = sources[rank] if rank < len(sources) else None
             landing = landings[rank - len(sources)] if source is None else None
-            transport = wrap(rank, InprocTransport(hub, rank))
-            self.sessions.append(RefitSession(rank, self.world, self.store, mine, source, landing, transport))
+            channel = wrap(rank, InprocChannel(hub, rank))
+            self.sessions.append(RefitSession(rank, self.world, self.store, mine, source, landing, channel=channel))
 
     def all(self, call: Callable[[RefitSession], Any], ranks: Iterable[int] | None = None) -> dict[int, Any]:
         """Run `call` on every rank at once; the value is its result or the exception."""

@@ -135,7 +135,7 @@ def test_whole_tensors_damaged_on_the_way_are_caught():
     landing = Bent(rows_of(table), misc=dict.fromkeys(table, "computed"))
     sim = SimulatedWorld([PlainSource.of(full, table, rows_of(table))], [landing], FAST)
     raise_any(sim.start())
-    inner = sim.sessions[1]._link.moves
+    inner = sim.sessions[1]._link.channel
     whole = inner.broadcast
 
     def broadcast(buffer, root, ranks):

@@ -25,7 +25,7 @@ from nemo_rl.refit.packed import pack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.trace import trace_loader
-from nemo_rl.refit.transports.inproc import InprocTransport
+from nemo_rl.refit.transports.inproc import InprocChannel
 from nemo_rl.refit.verify import Verifier
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -119,7 +119,7 @@ SWAPS = {
 }
 
 
-class Sends(InprocTransport):
+class Sends(InprocChannel):
     """A transport whose sends go through `change(transport, buffer, dst, tag) -> buffer`."""
 
     def __init__(self, inner, change):
@@ -373,7 +373,7 @@ def test_a_stale_shard_of_the_version_before():
 def test_a_bucket_delivered_twice():
     """The second delivery stands where the next version's bucket is due."""
 
-    class Twice(InprocTransport):
+    class Twice(InprocChannel):
         def send(self, buffer, dst, tag):
             super().send(buffer, dst, tag)
             return super().send(buffer, dst, tag)
@@ -399,11 +399,11 @@ def test_a_bucket_delivered_in_place_of_the_next():
 def test_a_bucket_delivered_to_the_wrong_peer():
     """Two generators that take different halves get each other's bucket, of the right size."""
 
-    class Crossed(InprocTransport):
+    class Crossed(InprocChannel):
         def send(self, buffer, dst, tag):
             hub = self._hub
             other = next(i for i in range(2) if plan.bulk.messages[i, 2] != dst)
-            return InprocTransport(hub, self._rank).send(buffer, int(plan.bulk.messages[other, 2]), other)
+            return InprocChannel(hub, self._rank).send(buffer, int(plan.bulk.messages[other, 2]), other)
 
     table = make_table({"a": ((8, 4), torch.float32)})
     landings = [PlainLanding(rows) for rows in halves_of(table)]
@@ -433,7 +433,7 @@ def test_a_bucket_of_another_size():
 # ---- whole tensors
 
 
-class Casts(InprocTransport):
+class Casts(InprocChannel):
     """A broadcast in which the root's `n`-th buffer is what `choose` makes of all so far."""
 
     def __init__(self, inner, choose):
@@ -527,7 +527,7 @@ def test_a_source_that_changes_during_the_refit(sent, changed):
     """An optimizer step that races the refit: over what was sent, what is still to be sent, behind the last message."""
     count = []
 
-    class Racing(InprocTransport):
+    class Racing(InprocChannel):
         def send(self, buffer, dst, tag):
             pending = super().send(buffer, dst, tag)
             count.append(tag)

@@ -15,7 +15,7 @@ from nemo_rl.refit.layout import Holding
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
-from nemo_rl.refit.transports.inproc import Hub, InprocTransport
+from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 
 from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -85,7 +85,7 @@ def two_by_two(options=None, wrap=lambda rank, t: t, units=None, landings=None):
     return SimulatedWorld(sources, landings, options, wrap), sources, landings, full
 
 
-class Tampering(InprocTransport):
+class Tampering(InprocChannel):
     """Changes what a chosen receiver gets."""
 
     def __init__(self, inner, change):
@@ -139,9 +139,9 @@ def test_a_missing_rank_is_named_within_the_deadline():
 
 
 def test_a_silent_sender_is_named_with_round_and_parameter():
-    class Mute(InprocTransport):
+    class Mute(InprocChannel):
         def send(self, buffer, dst, tag):
-            return InprocTransport(type(self._hub)(), 0).send(buffer, dst, tag)
+            return InprocChannel(type(self._hub)(), 0).send(buffer, dst, tag)
 
     sim, _, _, _ = two_by_two(options=RefitOptions(deadline_s=2), wrap=lambda r, t: Mute(t._hub, r) if r == 1 else t)
     raise_any(sim.start())
@@ -212,7 +212,8 @@ class Colocated(SimulatedWorld):
         options = options or RefitOptions(deadline_s=5, bucket_bytes=1024)
         self.world, self.store = world, store
         self.sessions = [
-            RefitSession(r, world, store, options, held.get(r), taken.get(r), InprocTransport(hub, r)) for r in range(3)
+            RefitSession(r, world, store, options, held.get(r), taken.get(r), channel=InprocChannel(hub, r))
+            for r in range(3)
         ]
 
 
