@@ -30,6 +30,12 @@ MOE = [
     "policy.megatron_cfg.expert_model_parallel_size=2",
     "policy.generation.vllm_cfg.tensor_parallel_size=2",
 ]
+LATENT = [
+    *DENSE,
+    "policy.megatron_cfg.expert_model_parallel_size=2",
+    "policy.megatron_cfg.moe_router_bias_update_rate=0.25",
+    "cluster.gpus_per_node=3",
+]
 
 
 def configured(folder: Path, overrides: list[str]) -> Config:
@@ -44,7 +50,12 @@ def configured(folder: Path, overrides: list[str]) -> Config:
 
 @contextmanager
 def stack(kind: str, folder: Path, overrides: list[str]) -> Iterator[tuple[Config, Actors]]:
-    changes = {"moe": {"mlp_only_layers": [], "moe_intermediate_size": 64}}.get(kind, {})
+    sizes: dict[str, dict[str, Any]] = {
+        "moe": {"mlp_only_layers": [], "moe_intermediate_size": 64},
+        # The CPU's kernel for latent attention knows one size of its cache.
+        "latent": {"topk_method": "noaux_tc", "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    }
+    changes = sizes.get(kind, {})
     config = make_config(kind, num_hidden_layers=2, **changes)
     make_model(config).save_pretrained(folder)
     settings = configured(folder, overrides)
@@ -98,7 +109,7 @@ def fresh_observation(settings: Config, folder: Path) -> Any:
         ray.kill(engine)
 
 
-@pytest.mark.parametrize(("kind", "overrides"), [("dense", DENSE), ("moe", MOE)])
+@pytest.mark.parametrize(("kind", "overrides"), [("dense", DENSE), ("moe", MOE), ("latent", LATENT)])
 def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[str], tmp_path: Path) -> None:
     with stack(kind, tmp_path / "start", overrides) as (settings, actors):
         group = actors.refit_group(refit_options(settings))
