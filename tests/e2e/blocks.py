@@ -73,15 +73,13 @@ def _apply_experts(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Each token's experts, one after the other; scales are those that the kernel was built with."""
+    """Expert by expert; scales are those that the kernel was built with."""
     first = (w1.float() * spread(self.w1_scale, w1.shape)).to(hidden_states.dtype)
     second = (w2.float() * spread(self.w2_scale, w2.shape)).to(hidden_states.dtype)
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
-    for token, choice in torch.cartesian_prod(
-        torch.arange(topk_ids.shape[0]), torch.arange(topk_ids.shape[1])
-    ).tolist():
-        expert = int(topk_ids[token, choice])
-        gate, up = functional.linear(hidden_states[token], first[expert]).chunk(2)
-        answer = functional.linear(functional.silu(gate) * up, second[expert])
-        total[token] += answer.float() * topk_weights[token, choice].float()
+    for expert in topk_ids.unique().tolist():
+        tokens, choices = torch.where(topk_ids == expert)
+        gate, up = functional.linear(hidden_states[tokens], first[expert]).chunk(2, dim=-1)
+        answers = functional.linear(functional.silu(gate) * up, second[expert])
+        total.index_add_(0, tokens, answers.float() * topk_weights[tokens, choices, None].float())
     output.copy_(total)

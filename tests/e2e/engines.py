@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,9 @@ def lands(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
         problems = engine._llm.collective_rpc(land, args=(path, version, through))
         found[f"{version}: no problems"] = problems == [[]] * engine.num_workers
         found[f"{version}: {Path(path).name} through {through}"] = equal(observe(engine), want)
+    if engine.config.precision == "float32":
+        error, stale = logprob_error(fresh_a, a), logprob_error(fresh_a, b)
+        found[f"log-probabilities are {error:.2g} off, {stale:.2g} from stale weights"] = error < 1e-5 < stale / 1e4
     return found
 
 
@@ -272,27 +276,35 @@ def raised(kind: type[Exception], call: Callable[[], object]) -> str:
 
 
 @contextmanager
-def trained(engine: VllmEngine, source: FileSource, options: RefitOptions) -> Iterator[Callable[[int], Any]]:
+def trained(
+    engine: VllmEngine, source: FileSource, options: RefitOptions, *others: VllmEngine
+) -> Iterator[Callable[[int], Any]]:
+    """One world of a trainer, in a thread, and engines; yields `refit(version)`, which returns the first's reports."""
     from torch.distributed import TCPStore
 
     from nemo_rl.refit.session import RefitSession
 
+    engines = [engine, *others]
+    starts = [1 + sum(e.num_workers for e in engines[:i]) for i in range(len(engines))]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    world, address = World.of(1, engine.num_workers), ("127.0.0.1", store.port)
+    world, address = World.of(1, sum(e.num_workers for e in engines)), ("127.0.0.1", store.port)
     session = RefitSession(0, world, address, options, source=source)
 
-    def together(mine: Callable[[], object], engines: Callable[[], object]) -> Any:
-        thread = threading.Thread(target=lambda: raised(RefitError, mine))
+    def together(mine: Callable[[], object], theirs: Callable[[VllmEngine, int], object]) -> Any:
+        calls = [mine, *(partial(theirs, e, start) for e, start in zip(others, starts[1:], strict=True))]
+        threads = [threading.Thread(target=partial(raised, RefitError, call)) for call in calls]
         with ExitStack() as stack:
-            thread.start()
-            stack.callback(thread.join)
-            return engines()
+            for thread in threads:
+                thread.start()
+                stack.callback(thread.join)
+            return theirs(engine, 1)
 
-    together(session.connect, lambda: engine.refit_connect(1, world, address, options))
-    together(session.plan, engine.refit_plan)
-    yield lambda version: together(lambda: session.refit(version), lambda: engine.refit(version))
+    together(session.connect, lambda e, start: e.refit_connect(start, world, address, options))
+    together(session.plan, lambda e, _: e.refit_plan())
+    yield lambda version: together(lambda: session.refit(version), lambda e, _: e.refit(version))
     session.close()
-    engine.refit_close()
+    for one in engines:
+        one.refit_close()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from nemo_rl.refit.base import RefitOptions
 from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.layout import natural_order
 from tests.e2e.engines import (
+    KINDS,
     PROMPTS,
     FileSource,
     answer,
@@ -28,6 +29,7 @@ from tests.e2e.engines import (
     run,
     table_of,
     trained,
+    with_engine,
 )
 
 # ---- tests
@@ -133,8 +135,29 @@ def sessions(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool
     return found
 
 
+def mixed(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+    """Engines of one and of two ranks in one world take the same trainer's weights."""
+    kind, source = KINDS["moe48"], FileSource(b)
+    alone_b = with_engine(b, kind, "float32", 1, observe)
+
+    def refit_both(other: VllmEngine) -> dict[str, bool]:
+        want = {a: (observe(engine), observe(other)), b: (fresh_b, alone_b)}
+        found = {}
+        with trained(engine, source, RefitOptions(deadline_s=30), other) as refit:
+            for version, path in enumerate((b, a), 10):
+                for name, tensor in load_file(f"{path}/model.safetensors").items():
+                    source.tensors[name].copy_(tensor)
+                refit(version)
+                seen = (observe(engine), observe(other))
+                for size, one, other_one in zip((2, 1), seen, want[path], strict=True):
+                    found[f"{version}: {Path(path).name} on {size} of a mixed world"] = equal(one, other_one)
+        return found
+
+    return with_engine(a, kind, "float32", 1, refit_both)
+
+
 def both(*args: Any) -> dict[str, bool]:
-    return lands(*args) | sessions(*args)
+    return lands(*args) | sessions(*args) | mixed(*args)
 
 
 SCENARIOS = {"lands": lands, "faults": faults, "sessions": sessions, "both": both}
