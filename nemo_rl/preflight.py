@@ -42,7 +42,7 @@ def validate(config: Config) -> list[str]:
         return problems  # there is no model to look at, or no layout
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            folder = _model_folder(config, Path(scratch))
+            folder = model_folder(config, Path(scratch))
             hf_config = read_config(folder)
         except ValueError as error:
             return [*problems, f"policy.model_name={config.policy.model_name}: {error}"]
@@ -51,7 +51,7 @@ def validate(config: Config) -> list[str]:
         return problems or check_loader(config, hf_config, folder)
 
 
-def _model_folder(config: Config, scratch: Path) -> Path:
+def model_folder(config: Config, scratch: Path) -> Path:
     """Where the model's configuration stands; that of a start model is written to `scratch`."""
     if config.policy.model_name != START_MODEL:
         return Path(config.policy.model_name)

@@ -22,6 +22,8 @@ ARROWS = {
     "metrics": set(),
     "grpo": {"refit", "config"},
     "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
+    "planview": {"refit", "trainer", "generator"},
+    "cli": {"config", "planview", "preflight", "topology", "trainer"},
     "driver": {"actors", "cluster", "config", "grpo", "metrics", "preflight", "topology"},
     "topology": {"config", "trainer"},
     "cluster": {"config", "refit", "topology"},
@@ -34,8 +36,8 @@ ONLY = {
     "ray": {"cluster", "actors", "trainer", "generator"},
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "rich": {"metrics", "driver"},
-    "matplotlib": {"metrics"},
+    "rich": {"metrics", "driver", "planview", "cli"},
+    "matplotlib": {"metrics", "planview"},
 }
 REFIT_MAY = {"torch", "numpy", "nemo_rl", "triton", "cuda"}  # the last two come with CUDA builds of torch
 
