@@ -35,6 +35,7 @@ LATENT = [
     "policy.megatron_cfg.expert_model_parallel_size=2",
     "policy.megatron_cfg.moe_router_bias_update_rate=0.25",
     "cluster.gpus_per_node=3",
+    "policy.generation.colocated.resources.gpus_per_node=1",
 ]
 
 
@@ -92,7 +93,11 @@ def observe(engine: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
 def same(one: list[dict[str, torch.Tensor]], two: list[dict[str, torch.Tensor]]) -> bool:
     return len(one) == len(two) and all(
         a.keys() == b.keys()
-        and all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a if a[n].ndim)
+        and all(
+            torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+            for n in a
+            if a[n].ndim
+        )
         for a, b in zip(one, two, strict=True)
     )
 
