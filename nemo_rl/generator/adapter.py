@@ -28,6 +28,7 @@ from nemo_rl.refit.layout import Layout, TensorTable
 from nemo_rl.refit.trace import Trace, TracedRow, trace_loader
 
 log = logging.getLogger(__name__)
+KINDS = ("lora_a_stacked", "lora_b_stacked")
 
 
 def serve_adapter(workers: Any, config: AdapterConfig) -> None:
@@ -112,11 +113,15 @@ def stacked_tensors(manager: LoRAModelManager) -> dict[str, torch.Tensor]:
     """`<module>.lora_a_stacked.<slice>` -> tensor with the slots in front, for layers that keep a tuple of slices."""
     found: dict[str, torch.Tensor] = {}
     for name, layer in manager.modules.items():
-        for kind in ("lora_a_stacked", "lora_b_stacked"):
-            stacked = vars(layer).get(kind)
+        for kind in KINDS:
+            stacked = _stacked(layer, kind)
             if isinstance(stacked, tuple):
                 found |= {f"{name}.{kind}.{i}": tensor for i, tensor in enumerate(stacked)}
     return found
+
+
+def _stacked(layer: Any, kind: str) -> Any:
+    return vars(layer).get(kind)
 
 
 def projection_of(manager: LoRAModelManager, param: str) -> str:
@@ -127,13 +132,16 @@ def projection_of(manager: LoRAModelManager, param: str) -> str:
 
 
 def _twin(manager: LoRAModelManager, slot: int) -> LoRAModelManager:
-    """The manager with storage-less stacked tensors and no adapter; `slot` alone is free."""
+    """The manager with storage-less stacked tensors and no adapter; `slot` alone is free.
+
+    Layers that keep their tensors otherwise are left out, so that nothing touches the live ones.
+    """
     twin = copy.copy(manager)
-    twin.modules = {name: copy.copy(layer) for name, layer in manager.modules.items()}
+    kept = {name: layer for name, layer in manager.modules.items() if isinstance(_stacked(layer, KINDS[0]), tuple)}
+    twin.modules = {name: copy.copy(layer) for name, layer in kept.items()}
     for layer in twin.modules.values():
-        for kind in ("lora_a_stacked", "lora_b_stacked"):
-            if isinstance(vars(layer).get(kind), tuple):
-                vars(layer)[kind] = tuple(torch.empty_like(t, device="meta") for t in vars(layer)[kind])
+        for kind in KINDS:
+            vars(layer)[kind] = tuple(torch.empty_like(tensor, device="meta") for tensor in _stacked(layer, kind))
     twin._registered_adapters, twin._active_adapters = {}, {}  # type: ignore[assignment]
     twin.lora_index_to_id = [None if i == slot else 0 for i in range(len(manager.lora_index_to_id))]
     return twin

@@ -101,36 +101,25 @@ def test_progress_is_checked(reports: dict[str, Any]) -> None:
 
 
 def ranks(path: str) -> dict[str, Any]:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.config.lora import LoRAConfig
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     from nemo_rl.generator.adapter import serve_adapter
-    from nemo_rl.generator.twin import build_twin, fake_ranks
+    from nemo_rl.generator.ranks import EngineSpec, as_rank
+    from nemo_rl.generator.twin import build_twin
 
     out: dict[str, Any] = {}
-    for tp in (1, 2, 4):
-        config = EngineArgs(
-            model=path,
-            tensor_parallel_size=tp,
-            dtype="float32",
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=8,
-            lora_target_modules=list(SIZES),
-            distributed_executor_backend="mp" if tp > 1 else "uni",
-        ).create_engine_config()
-        for rank in range(tp):
-            with fake_ranks(config, tp, rank):
-                workers = LRUCacheWorkerLoRAManager(config, torch.device("cpu"), {})
-                workers.create_lora_manager(build_twin(config, "cpu"), config)
-                serve_adapter(workers, AdapterConfig(RANK, 1.0, tuple(SIZES)))
-                for alpha in (RANK, 10.0):
-                    out[f"{tp} {rank} {alpha}"] = report_of(workers, AdapterConfig(RANK, alpha, tuple(SIZES)))
-                if tp == 1:
-                    out |= faults(workers)
+    for tp, rank in [(size, rank) for size in (1, 2, 4) for rank in range(size)]:
+        with as_rank(EngineSpec(path, tp, precision="float32"), rank) as config:
+            config.lora_config = LoRAConfig(max_lora_rank=8, max_cpu_loras=1, target_modules=list(SIZES))
+            config.lora_config.verify_with_model_config(config.model_config)
+            workers = LRUCacheWorkerLoRAManager(config, torch.device("cpu"), {})
+            workers.create_lora_manager(build_twin(config, "cpu"), config)
+            serve_adapter(workers, AdapterConfig(RANK, 1.0, tuple(SIZES)))
+            for alpha in (RANK, 10.0):
+                out[f"{tp} {rank} {alpha}"] = report_of(workers, AdapterConfig(RANK, alpha, tuple(SIZES)))
+            if tp == 1:
+                out |= faults(workers)
     return out
 
 
