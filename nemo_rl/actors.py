@@ -47,7 +47,6 @@ def trainer_config(config: Config, model_path: Path, topology: Topology) -> Trai
         micro_batch_size=policy.train_micro_batch_size,
         logprob_batch_size=policy.logprob_batch_size,
         seed=config.grpo.seed,
-        verify_against_checkpoint=policy.refit.verify_against_checkpoint,
         deadline_s=config.grpo.step_deadline_s,
     )
 
@@ -73,7 +72,14 @@ def refit_options(config: Config) -> RefitOptions:
     """What every refit session is told; `nccl_xfer_refit=false` means the conventional refit, `broadcast`."""
     refit = config.policy.refit
     transport = refit.transport if config.policy.nccl_xfer_refit else "broadcast"
-    return RefitOptions(transport, refit.bucket_bytes, refit.num_streams, refit.deadline_s, refit.verify)
+    return RefitOptions(
+        transport=transport,
+        bucket_bytes=refit.bucket_bytes,
+        num_streams=refit.num_streams,
+        deadline_s=refit.deadline_s,
+        verify=refit.verify,
+        verify_against_checkpoint=refit.verify_against_checkpoint,
+    )
 
 
 @dataclass(frozen=True, slots=True)

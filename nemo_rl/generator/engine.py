@@ -16,6 +16,7 @@ from nemo_rl.refit.errors import PoisonedError, RefitError
 
 log = logging.getLogger(__name__)
 
+_PROBE_ERROR = 1e-2  # of a log-probability: above what kernels round, below what a misplaced tensor does
 WORKER = "nemo_rl.generator.worker.RefitWorker"
 Store = tuple[str, int]
 ADAPTER_ID = 1
@@ -145,6 +146,8 @@ class VllmEngine:
         before, started = _mapped_shared_memory(), time.time()
         self.config, self.weight_version = config, 0
         self._refusal: str | None = None
+        self._as_loaded = config.load_format == "auto"  # the weights are those that the engine read itself
+        self._start_check = False
         self._llm: Any = _make_llm(config)
         self._adapter: Any = None
         if config.adapter is not None:
@@ -183,11 +186,22 @@ class VllmEngine:
             ValueError: prompts and seeds do not go together, or a prompt leaves no room for an answer.
         """
         self._refuse_if_unfit()
+        self._check_request(prompts, seed)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+        return self._generate(prompts, n, max_new_tokens, temperature, seeds, stop_token_ids)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int | None],
+        stop_token_ids: Sequence[int],
+    ) -> list[list[Generated]]:
         from vllm import SamplingParams
 
-        self._check_request(prompts, seed)
         version = self.weight_version
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         params = [
             SamplingParams(
                 n=n,
@@ -226,7 +240,8 @@ class VllmEngine:
 
     def refit_connect(self, rank_offset: int, world: World, store: Store, options: RefitOptions) -> None:
         """Join `world` with this engine's workers as ranks `rank_offset ..`. Raises RefitError."""
-        self._all("refit_connect", rank_offset, world, store, options)
+        self._start_check = options.verify_against_checkpoint and self._as_loaded and self.config.adapter is None
+        self._all("refit_connect", rank_offset, world, store, options, self._start_check)
 
     def refit_plan(self) -> str:
         """Declare, plan and agree; digest of the plan. Raises RefitError."""
@@ -239,13 +254,36 @@ class VllmEngine:
 
         Raises:
             RefitError: what the first failing worker said, with the others' words, or that cached keys and values of
-                the old weights are kept; the engine refuses to generate.
+                the old weights are kept, or that version 0 computes something else than the weights that the engine
+                read itself; the engine refuses to generate.
         """
-        self._refusal = f"the update to version {version} is not committed"
+        answers = self._probe() if self._start_check and version == 0 else None
+        self._refusal, self._as_loaded = f"the update to version {version} is not committed", False
         reports = self._all("refit", version)
         self._drop_caches(version)
+        if answers is not None:
+            self._compare(answers)
         self.weight_version, self._refusal = version, None
         return reports
+
+    def _probe(self) -> list[Generated]:
+        """Greedy answers to fixed prompts, from what the kernels hold in whatever form."""
+        self._llm.reset_prefix_cache()
+        count, size = self._llm.llm_engine.model_config.get_vocab_size(), min(16, self.config.max_model_len - 5)
+        prompts = [[(7919 * (i + 1) * (at + 1)) % count for at in range(size)] for i in range(4)]
+        return [answer for (answer,) in self._generate(prompts, 1, 4, 0.0, [None] * len(prompts), ())]
+
+    def _compare(self, before: Sequence[Generated]) -> None:
+        """Raises RefitError where the probe's answers are not `before`."""
+        pairs = list(zip(before, self._probe(), strict=True))
+        worst = max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs)
+        if any(a.token_ids != b.token_ids for a, b in pairs) or not worst < _PROBE_ERROR:
+            self._refusal = (
+                f"version 0 answers otherwise than the weights that the engine read itself: log-probabilities of the "
+                f"same prompts differ by up to {worst:.3g}"
+            )
+            remedy = "the layout of one side does not say what its loader does, or trainers start from other weights"
+            raise RefitError(self._refusal, rank=0, phase="commit", remedy=remedy)
 
     def _drop_caches(self, version: int) -> None:
         """Forget keys and values that other weights computed. Raises RefitError where some are in use."""

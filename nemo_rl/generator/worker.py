@@ -12,6 +12,7 @@ from nemo_rl.generator.landing import VllmLanding
 from nemo_rl.refit.base import Landing, RefitOptions, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.start import UnchangedByStart
 
 
 class RefitWorker:
@@ -51,13 +52,22 @@ class RefitWorker:
         )
         return AdapterLanding(self.model_runner.lora_manager, self._adapter, frozen)
 
-    def refit_connect(self, rank_offset: int, world: World, store: tuple[str, int], options: RefitOptions) -> Outcome:
-        """Join as rank `rank_offset` + this worker's rank in its engine; an earlier session ends."""
+    def refit_connect(
+        self, rank_offset: int, world: World, store: tuple[str, int], options: RefitOptions, start_check: bool = False
+    ) -> Outcome:
+        """Join as rank `rank_offset` + this worker's rank in its engine; an earlier session ends.
+
+        Args:
+            start_check: the model is as its loader left it, and version 0 must leave it so.
+        """
 
         def connect() -> None:
             self._close()
             rank, self._refit_landing = rank_offset + self.rank, None
-            self._refit_session = RefitSession(rank, world, store, options, landing=self.refit_landing())
+            landing = self.refit_landing()
+            if start_check:
+                landing = UnchangedByStart(landing, self._live_tensors)
+            self._refit_session = RefitSession(rank, world, store, options, landing=landing)
             self._refit_session.connect()
 
         return self._said(connect, "connect")
@@ -77,6 +87,10 @@ class RefitWorker:
     def read_parameters(self) -> dict[str, torch.Tensor]:
         """Copies of the live parameters, on the CPU."""
         return {name: p.detach().cpu().clone() for name, p in self.model_runner.get_model().named_parameters()}
+
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        model = self.model_runner.get_model()
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def _close(self) -> None:
         if self._refit_session is not None:

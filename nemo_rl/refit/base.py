@@ -124,6 +124,8 @@ class RefitOptions:
             `2 * num_streams * bucket_bytes`.
         deadline_s: longest that any phase of one refit may take.
         verify: compare digests after every refit.
+        verify_against_checkpoint: before the first step, trainers compare what they hold with the checkpoint, and
+            version 0 must leave generators as they loaded it.
     """
 
     transport: str = "auto"
@@ -131,6 +133,7 @@ class RefitOptions:
     num_streams: int = 2
     deadline_s: float = 120.0
     verify: bool = True
+    verify_against_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1024 or self.num_streams < 1 or self.deadline_s <= 0:

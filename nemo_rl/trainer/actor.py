@@ -65,8 +65,10 @@ class TrainerActor:
         self._session.connect()
 
     def refit_plan(self) -> str:
-        """Declare, plan and agree; the plan, described."""
-        return self._connected.plan(self._ready.weight_problems()).describe()
+        """Declare, plan and agree; the plan, described. Weights that are not the checkpoint's may refuse it."""
+        session = self._connected
+        problems = self._ready.weight_problems() if session.options.verify_against_checkpoint else ()
+        return session.plan(problems).describe()
 
     def refit(self, version: int) -> RefitReport:
         """Move the weights as `version`. Raises RefitError."""

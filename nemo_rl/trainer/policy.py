@@ -46,7 +46,6 @@ class TrainerConfig:
         router_bias_update_rate: how far a step moves the correction bias of a sigmoid router towards even loads.
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
-        verify_against_checkpoint: have `weight_problems` read the checkpoint again.
         deadline_s: longest that any collective between trainers may take.
     """
 
@@ -64,7 +63,6 @@ class TrainerConfig:
     logprob_batch_size: int = 128
     seed: int = 42
     keep_reference: bool = True
-    verify_against_checkpoint: bool = False
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -326,10 +324,8 @@ class MegatronPolicy:
         return self._source
 
     def weight_problems(self) -> list[str]:
-        """Boxes of this rank that are not the checkpoint's, where the configuration asks and no step was made."""
-        if self._stepped or not self.config.verify_against_checkpoint:
-            return []
-        return checkpoint.differences(self._source.holdings(), self.config.model_path)
+        """Boxes of this rank that are not the checkpoint's; nothing once a step was made."""
+        return [] if self._stepped else checkpoint.differences(self._source.holdings(), self.config.model_path)
 
     def export(self, folder: str) -> None:
         """Write the whole model as a Hugging Face checkpoint, with the configuration and tokenizer it came with.

@@ -24,6 +24,7 @@ from nemo_rl.refit.layout import Holding, TensorMeta
 from nemo_rl.refit.packed import pack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.start import UnchangedByStart
 from nemo_rl.refit.trace import trace_loader
 from nemo_rl.refit.transports.inproc import InprocChannel
 from nemo_rl.refit.verify import Verifier
@@ -173,6 +174,35 @@ def test_swapped_by_the_trainers_rule(what, tmp_path):
     return None
 
 
+@pytest.mark.parametrize("fault", [None, "gate and up", "two experts", "a value of another checkpoint"])
+def test_swapped_by_the_generators_layout(fault):
+    """Rows that do not say what the loader does: the loader's own work, done before, tells."""
+    slots = {
+        f"experts.{e}.{part}": (lambda p, e=e, i=i: p["w13"][e, 4 * i :][:4]) for e in range(2) for i, part in PARTS
+    }
+    table = make_table({fqn: ((4, 6), torch.float32) for fqn in slots})
+    full = model(table)
+    engine = Traced(lambda: {"w13": torch.empty(2, 8, 6), "inv_freq": torch.ones(3)}, slots)
+    engine.derived["inv_freq"] = "computed from the configuration"
+    engine.load(full)
+    pairs = {"gate and up": ("experts.1.gate", "experts.1.up"), "two experts": ("experts.0.up", "experts.1.up")}
+    engine.mistaken = pairs.get(fault, ())
+    if fault == "a value of another checkpoint":
+        full["experts.1.gate"] = full["experts.1.gate"] * 1
+        full["experts.1.gate"].view(torch.int32)[3, 5] ^= 1
+    source, checked = PlainSource.of(full, table, rows_of(table)), UnchangedByStart(engine, lambda: engine.params)
+    sim = SimulatedWorld([source], [checked], FAST)
+    raise_any(sim.start())
+    results = sim.refit(0)
+    if fault is not None:
+        return caught(results, [engine], RefitError, "version 0 brings other bytes", "from the checkpoint: w13;")
+    raise_any(results)
+    source.load(model(table, 6))
+    return raise_any(sim.refit(1))  # a trained model may differ
+
+
+PARTS = ((0, "gate"), (1, "up"))
+
 # ---- layouts and plans
 
 
@@ -281,18 +311,28 @@ class Traced(PlainLanding):
 
     def __init__(self, make, slots):
         super().__init__([])
-        self.make, self.slots = make, slots
+        self.make, self.slots, self.params = make, slots, make()
+        self.mistaken, self.derived = (), {}
+
+    def load(self, tensors):
+        for name, tensor in tensors.items():
+            self.slots[name](self.params).copy_(tensor)
 
     def declare(self, table):
-        meta = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in self.make().items()}
+        meta = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in self.params.items()}
 
         def load(weights):
             for name, tensor in weights:
                 self.slots[name](meta).copy_(tensor)
 
-        trace = trace_loader(load, table, meta)
-        self.rows = [(row.fqn, row.region) for row in trace.rows]
-        return replace(super().declare(table), misc=trace.misc, problems=trace.problems)
+        trace = trace_loader(load, table, meta, self.derived)
+        other = dict(zip(self.mistaken, reversed(self.mistaken), strict=True))  # the fault: one row taken for the other
+        self.rows = [(other.get(row.fqn, row.fqn), row.region) for row in trace.rows]
+        said = replace(super().declare(table), misc=trace.misc, problems=trace.problems)
+        self.storage = [
+            self.params[row.param].as_strided(row.region.sizes, row.stride, row.storage_offset) for row in trace.rows
+        ]
+        return said
 
 
 def refused_for(landing, table, *texts):
