@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nemo_rl.refit.cover import ByteRange, account, common, join, strided_ranges, view_ranges
 from nemo_rl.refit.layout import TensorMeta, TensorTable
@@ -338,16 +338,24 @@ _FILLS = frozenset({"aten::fill_", "aten::zero_"})
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """Tensors of nested lists, tuples and mappings: all that an operation's arguments are made of."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [tensor for part in tree for tensor in _tensors(part)]
+    return _tensors(list(tree.values())) if isinstance(tree, dict) else []
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Tensors that an operation writes in place, by its schema."""
-    found: list[torch.Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
-    return found
+    """Tensors that an operation writes in place."""
+    return [tensor for i, name in _outputs(func) for tensor in _tensors(args[i] if i < len(args) else kwargs.get(name))]
+
+
+@cache
+def _outputs(func: Any) -> tuple[tuple[int, str], ...]:
+    """(position, name) of the arguments that an operation writes, by its schema."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _sorted(ranges: np.ndarray) -> list[ByteRange]:
