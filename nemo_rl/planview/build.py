@@ -97,9 +97,10 @@ def _replicated(generator: SimulatedGenerator, replicas: int) -> list[Declaratio
 def _title(request: PlanRequest) -> str:
     p, e = request.parallel, request.engine
     trainer = {"TP": p.tensor, "PP": p.pipeline, "CP": p.context, "EP": p.expert, "DP": p.data}
-    generator = {"TP": e.tp, "PP": e.pp, "DP": e.dp * request.replicas}
+    generator = {"TP": e.tp, "PP": e.pp, "DP": e.dp, "EP": e.tp * e.dp if e.expert_parallel else 1}
     sides = [" x ".join(f"{k}{n}" for k, n in side.items() if n > 1) or "1 rank" for side in (trainer, generator)]
-    return f"{request.title}: {sides[0]} -> {sides[1]}{' with expert parallelism' if e.expert_parallel else ''}"
+    replicas = f", {request.replicas} replicas" if request.replicas > 1 else ""
+    return f"{request.title}: {sides[0]} -> {sides[1]}{replicas}"
 
 
 def _nodes(trainers: int, generators: int, per_node: int) -> list[int]:

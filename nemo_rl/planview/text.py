@@ -79,7 +79,7 @@ def _links(view: PlanView) -> Table:
     """Bytes from trainers (rows) to generators (columns)."""
     rows, columns = groups_of(view.trainers, _RANK_ROWS), groups_of(view.generators, _LINK_COLUMNS)
     cells = between(view.matrix, rows, columns)
-    table = _table("", *(c.label for c in columns), "sum")
+    table = _table("", *(c.label.split(" · ")[0] for c in columns), "sum")
     for row, line in zip(rows, cells, strict=True):
         table.add_row(row.label, *(size(n) if n else "·" for n in line), size(line.sum()))
     table.add_row("sum", *(size(n) for n in cells.sum(axis=0)), size(cells.sum()))

@@ -26,8 +26,8 @@ def describe_layouts(layouts: Mapping[int, Layout], meshes: Sequence[Axes]) -> l
     """One line for each kind of tensor: name with `*` for numbers, shape, dtype, and how it lies on every axis.
 
     On an axis a tensor is `Replicate`, `Shard(dim)` as torch.chunk splits, `_StridedShard(dim)` (split after the axes
-    behind it), `Shard(dim) uneven`, `Shard(dim) by n` (each shard on n neighbours), or `one` (a single coordinate of
-    the axis has it: a pipeline stage, an expert's rank). Axes of size 1 are left out.
+    behind it), `Shard(dim) uneven`, `Shard(dim) by n` (each shard on n neighbours), `one` (a single coordinate of the
+    axis has it: a pipeline stage, an expert's rank) or `k of n` (so many have it whole). Axes of size 1 are left out.
 
     Args:
         layouts: by rank.
@@ -110,13 +110,12 @@ def _placements(grid: np.ndarray, shape: tuple[int, ...], axes: Axes) -> dict[st
     """Axis -> word; None where the tensor is not regular. The last axis of `grid` is a row of `_held`."""
     words: dict[str, str] = {}
     names = list(axes)
-    for number, name in reversed(list(enumerate(axes))):
+    for number, (name, count) in enumerate(axes.items()):
         others = tuple(i for i in range(len(names)) if i != number)
         there = np.flatnonzero((grid[..., 0] != _ABSENT).any(axis=others))
-        if len(there) == 1:
-            words[name] = "one"
-            grid = np.take(grid, there[0], axis=number)
-            names.remove(name)
+        grid = np.take(grid, there, axis=number)
+        if len(there) < count:
+            words[name] = "one" if len(there) == 1 else f"{len(there)} of {count}"
     if (grid[..., 0] != _BOX).any():
         return None
     ndim = (grid.shape[-1] - 1) // 2

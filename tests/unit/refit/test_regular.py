@@ -69,6 +69,8 @@ def test_fsdp_over_tensor_parallelism_is_strided():
         ([(0, 5), (5, 13), (5, 13), (5, 13)], "irregular"),
         ([None, None, (0, 13), None], "tp one"),
         ([None, None, (0, 12), None], "irregular"),
+        ([None, (0, 13), (0, 13), None], "tp 2 of 4"),
+        ([None, (0, 6), (6, 13), None], "irregular"),
         ([(0, 4), (4, 8), (8, 12), (11, 13)], "irregular"),
         ([(8, 12), (4, 8), (0, 4), (12, 13)], "irregular"),
         ([[(0, 2), (2, 4)], (4, 8), (8, 12), (12, 13)], "tp Shard(0)"),
