@@ -4,6 +4,7 @@ trainer, and scales of the KV cache. After every refit they must equal engines t
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -188,7 +189,7 @@ def calibrated(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bo
     found["the cache's scales are the trainer's"] = engine.collective_rpc(cache_scales) == [want]
     found |= refusals(engine, tensors) | logprobs(engine, a, b, 0.2)
     engine.collective_rpc(land, a, 5, "units")
-    return found | cached(engine, a, b, fresh_b)
+    return found | cached(engine, a, b, fresh_b) | unprocessed(engine, b, fresh_b)
 
 
 def cache_scales(worker: Any) -> list[list[float]]:
@@ -247,6 +248,29 @@ def cached(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
         found["then nothing is served"] = "still holds" in raised(RuntimeError, lambda: engine.generate([[1]], 1, 1, 0))
         refit(4)
         found["A again"] = served(a)
+    return found
+
+
+def unprocessed(engine: VllmEngine, b: str, fresh_b: Any) -> dict[str, bool]:
+    """An engine that leaves out its processing of loaded bytes commits nothing and serves nothing."""
+    from nemo_rl.generator import compat
+
+    source, found, before = FileSource(b), {}, engine.weight_version
+    skipped = {
+        "qkv_proj": mock.patch.object(compat, "process_staged", lambda layer, ran: compat.restore(layer)),
+        "lm_head": mock.patch.object(compat, "reprocess", lambda layer, ran: None),
+        "self_attn.attn": mock.patch.object(compat, "finish_model"),
+    }
+    for version, (name, planted) in enumerate(skipped.items(), 10):
+        with planted, trained(engine, source, RefitOptions(deadline_s=30)) as refit:
+            said = raised(RefitError, partial(refit, version))
+        found[f"{name} left as loaded is named"] = name in said and "version" in said and "commit" in said
+        found[f"{name}: nothing committed"] = engine.weight_version == before
+        refusal = raised(RuntimeError, lambda: engine.generate([[1]], 1, 1, 0.0))
+        found[f"{name}: nothing served"] = name in refusal
+    with trained(engine, source, RefitOptions(deadline_s=30)) as refit:
+        refit(20)
+    found["a sound refit recovers"] = equal(observe(engine), fresh_b)
     return found
 
 
