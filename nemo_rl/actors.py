@@ -64,6 +64,8 @@ def generator_config(config: Config, model_path: Path) -> GeneratorConfig:
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         enforce_eager=vllm.enforce_eager,
         load_format=vllm.load_format,  # type: ignore[arg-type]
+        quantization=vllm.quantization,
+        kv_cache_dtype=vllm.kv_cache_dtype,
         seed=config.grpo.seed,
     )
 

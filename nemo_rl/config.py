@@ -89,6 +89,7 @@ class VllmConfig:
     """One engine. `kv_cache_memory_bytes` bounds the KV cache on CPU, `gpu_memory_utilization` on GPU.
 
     `load_format=dummy` starts engines from random weights; the refit before the first step brings the real ones.
+    `quantization` names how engines quantize what trainers send, as vLLM does (`fp8_per_channel`); null leaves it.
     """
 
     tensor_parallel_size: int = 1
@@ -99,6 +100,8 @@ class VllmConfig:
     max_num_seqs: int = 256
     enforce_eager: bool = True
     load_format: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

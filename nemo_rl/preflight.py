@@ -14,6 +14,7 @@ import torch
 from nemo_rl import checkpoint
 from nemo_rl.config import Config, inherited_environment
 from nemo_rl.generator.preflight import check_loader_apart
+from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.topology import Topology, parallel_of, parallel_sizes, topology_of
@@ -88,8 +89,14 @@ def check_loader(config: Config, hf_config: Any, folder: Path) -> list[str]:
     """Values that the generator's loader needs and the trainers lack; asked in a process of its own."""
     table = families.table(model_shape(hf_config), getattr(torch, config.policy.precision))
     vllm = config.policy.generation.vllm_cfg
-    size, environ = vllm.tensor_parallel_size, inherited_environment()
-    problems = check_loader_apart(str(folder), size, vllm.precision, table, environ, config.cluster.start_deadline_s)
+    spec = EngineSpec(
+        str(folder),
+        vllm.tensor_parallel_size,
+        precision=vllm.precision,
+        quantization=vllm.quantization,
+        kv_cache_dtype=vllm.kv_cache_dtype,
+    )
+    problems = check_loader_apart(spec, table, inherited_environment(), config.cluster.start_deadline_s)
     return [f"policy.model_name={config.policy.model_name}: {p}" for p in problems]
 
 

@@ -1,12 +1,13 @@
 """Would vLLM's loader be filled whole by these tensors? Answered from shapes alone, before anything is started.
 
 As a program, `python -m nemo_rl.generator.preflight REQUEST` reads a JSON file
-`{"model": folder, "tp": 2, "precision": "bfloat16", "table": [[fqn, shape, dtype], ...]}`, and writes a JSON list of
-problems as the last line of its output. It needs `PREFLIGHT_ENV` in its environment.
+`{"engine": {fields of EngineSpec}, "table": [[fqn, shape, dtype], ...]}`, and writes a JSON list of problems as the
+last line of its output. It needs `PREFLIGHT_ENV` in its environment.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.refit.layout import TensorMeta, TensorTable
 
 PREFLIGHT_ENV: Mapping[str, str] = {
@@ -33,21 +35,19 @@ PREFLIGHT_ENV: Mapping[str, str] = {
 """What the process that traces needs in its environment before it imports vLLM."""
 
 
-def check_loader(model_path: str, tp: int, precision: str, table: TensorTable) -> list[str]:
+def check_loader(spec: EngineSpec, table: TensorTable) -> list[str]:
     """Problems of vLLM's loader with `table`, for the first and the last rank; the others are like the first.
 
     Takes the process for itself: no default process group, and no engine afterwards.
     """
     problems = []
-    for rank in sorted({0, max(tp - 1, 0)}):
-        problems += [
-            f"generator rank {rank} of {tp}: {text}" for text in _problems(model_path, tp, rank, precision, table)
-        ]
+    for rank in sorted({0, spec.num_ranks - 1}):
+        problems += [f"generator rank {rank} of {spec.num_ranks}: {text}" for text in _problems(spec, rank, table)]
     return problems
 
 
 def check_loader_apart(
-    model_path: str, tp: int, precision: str, table: TensorTable, environ: Mapping[str, str], timeout_s: float = 120.0
+    spec: EngineSpec, table: TensorTable, environ: Mapping[str, str], timeout_s: float = 120.0
 ) -> list[str]:
     """As `check_loader`, in a process of its own; a process that fails or takes too long is a problem too.
 
@@ -56,7 +56,7 @@ def check_loader_apart(
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "request.json"
-        path.write_text(request_text(model_path, tp, precision, table))
+        path.write_text(request_text(spec, table))
         command = [sys.executable, "-m", "nemo_rl.generator.preflight", str(path)]
         try:
             done = subprocess.run(
@@ -67,10 +67,10 @@ def check_loader_apart(
     return _answer(done)
 
 
-def request_text(model_path: str, tp: int, precision: str, table: TensorTable) -> str:
+def request_text(spec: EngineSpec, table: TensorTable) -> str:
     """The JSON that the program reads."""
     rows = [[fqn, list(meta.shape), str(meta.dtype).removeprefix("torch.")] for fqn, meta in table.items()]
-    return json.dumps({"model": model_path, "tp": tp, "precision": precision, "table": rows})
+    return json.dumps({"engine": dataclasses.asdict(spec), "table": rows})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,23 +80,23 @@ def main(arguments: Sequence[str]) -> int:
     try:
         request = json.loads(Path(arguments[0]).read_text())
         table = {fqn: TensorMeta(tuple(shape), getattr(torch, dtype)) for fqn, shape, dtype in request["table"]}
-        query = str(request["model"]), int(request["tp"]), str(request["precision"]), table
+        spec = EngineSpec(**request["engine"])
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         sys.stderr.write(
             f"preflight: give a request file as the module describes it ({type(error).__name__}: {error})\n"
         )
         return 2
-    os.write(out, (json.dumps(check_loader(*query)) + "\n").encode())
+    os.write(out, (json.dumps(check_loader(spec, table)) + "\n").encode())
     return 0
 
 
-def _problems(model_path: str, tp: int, rank: int, precision: str, table: TensorTable) -> Sequence[str]:
-    from nemo_rl.generator.twin import EngineSpec, trace_rank
+def _problems(spec: EngineSpec, rank: int, table: TensorTable) -> Sequence[str]:
+    from nemo_rl.generator.twin import trace_rank
 
     try:
-        return trace_rank(EngineSpec(model_path, tp, precision=precision), rank, table).problems
+        return trace_rank(spec, rank, table).problems
     except Exception as error:  # whatever vLLM refuses a model or a layout with is the answer
-        return [f"vLLM refuses {model_path} in {precision}: {type(error).__name__}: {' '.join(str(error).split())}"]
+        return [f"vLLM refuses {spec}: {type(error).__name__}: {' '.join(str(error).split())}"]
 
 
 def _answer(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_rl.generator.preflight import PREFLIGHT_ENV, check_loader_apart
+from nemo_rl.generator.preflight import PREFLIGHT_ENV, check_loader_apart, request_text
+from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.refit.layout import TensorMeta, TensorTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.trace import Trace
@@ -151,15 +152,21 @@ def test_twin_beside_a_live_model_leaves_it_alone(reports: dict[str, Any]) -> No
 
 def test_preflight_as_a_program(models: Path) -> None:
     pytest.importorskip("vllm")
-    table = table_of("dense")
+    table = table_of("dense", torch.bfloat16)
     del table["model.layers.1.mlp.up_proj.weight"]
-    problems = check_loader_apart(str(models / "dense"), 2, "float32", table, {**os.environ, "PYTHONPATH": str(ROOT)})
-    text = "model.layers.1.mlp.gate_up_proj.weight: bytes 12288:24576 of 24576 written by no tensor"
+    spec = EngineSpec(str(models / "dense"), 2, quantization="fp8_per_channel")
+    problems = check_loader_apart(spec, table, {**os.environ, "PYTHONPATH": str(ROOT)})
+    text = "model.layers.1.mlp.gate_up_proj.weight: bytes 6144:12288 of 12288 written by no tensor"
     assert problems == [f"generator rank {r} of 2: {text}" for r in (0, 1)]
 
 
+def test_preflight_request_names_the_whole_engine() -> None:
+    spec = EngineSpec("m", 2, precision="float32", quantization="fp8_per_channel", kv_cache_dtype="fp8")
+    assert EngineSpec(**json.loads(request_text(spec, {}))["engine"]) == spec
+
+
 def test_preflight_that_cannot_answer_is_a_problem(models: Path) -> None:
-    late = check_loader_apart(str(models / "dense"), 1, "float32", {}, os.environ, timeout_s=0.01)
+    late = check_loader_apart(EngineSpec(str(models / "dense")), {}, os.environ, timeout_s=0.01)
     assert len(late) == 1 and "0.01 s" in late[0]
 
 
@@ -203,7 +210,7 @@ def all_reports(folder: Path) -> dict[str, Any]:
     from vllm.distributed import parallel_state
 
     from nemo_rl.generator.ranks import as_rank
-    from nemo_rl.generator.twin import EngineSpec, build_twin, trace_rank, trace_twin
+    from nemo_rl.generator.twin import build_twin, trace_rank, trace_twin
 
     before = {k: v for o in (dist, parallel_state) for k, v in vars(o).items() if callable(v)}
     out: dict[str, Any] = {}
@@ -236,7 +243,7 @@ def beside_a_live_model(path: str, table: TensorTable) -> dict[str, Any]:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     from nemo_rl.generator.ranks import as_rank
-    from nemo_rl.generator.twin import EngineSpec, build_twin, trace_twin
+    from nemo_rl.generator.twin import build_twin, trace_twin
 
     with as_rank(EngineSpec(path, precision="float32"), 0) as config:
         with set_current_vllm_config(config):
