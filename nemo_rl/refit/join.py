@@ -19,49 +19,39 @@ class _Cells:
 
 
 def _cells(held: Boxes) -> _Cells:
-    """Cut the sources' boxes into disjoint cells. Equal boxes (replicas) become one cell with several owners."""
-    key = np.column_stack([held.tensor, held.offsets, held.sizes])
-    _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    unique = held.take(first)
-    rows_a, rows_b, _, _ = overlaps(unique, unique)
-    crossing = np.unique(unique.tensor[rows_a[rows_a != rows_b]])
-    if len(crossing):
-        return _refined_cells(held, crossing)
-    order = np.argsort(inverse, kind="stable")
-    start = np.searchsorted(inverse[order], np.arange(len(unique) + 1))
-    return _Cells(unique, start, order)
+    """Cut the sources' boxes along every border of their tensor. A cell that several boxes cover has several owners."""
+    rows, places, low, sizes = _cut_everywhere(held)
+    order = np.lexsort((rows, *places.T[::-1], held.tensor[rows]))
+    rows, places = rows[order], places[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (held.tensor[rows[1:]] != held.tensor[rows[:-1]]) | (places[1:] != places[:-1]).any(axis=1)
+    first = np.flatnonzero(new)
+    boxes = held.take(rows[first])
+    boxes = Boxes(boxes.tensor, low[order][first], sizes[order][first], boxes.rank, boxes.row, boxes.unit)
+    return _Cells(boxes, np.concatenate([first, [len(rows)]]), rows)
 
 
-def _refined_cells(held: Boxes, crossing: np.ndarray) -> _Cells:
-    """As `_cells`, where boxes of the tensors in `crossing` overlap without being equal: cut along every border."""
-    plain = np.flatnonzero(~np.isin(held.tensor, crossing))
-    parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
-    for tensor in crossing:
-        rows = np.flatnonzero(held.tensor == tensor)
-        low, high = held.offsets[rows], held.offsets[rows] + held.sizes[rows]
-        cuts = [np.unique(np.concatenate([low[:, d], high[:, d]])) for d in range(low.shape[1])]
-        grid = np.stack(np.meshgrid(*[np.arange(max(len(c) - 1, 0)) for c in cuts], indexing="ij"), -1)
-        for cell in grid.reshape(-1, low.shape[1]):
-            start = np.array([cuts[d][i] for d, i in enumerate(cell)])
-            end = np.array([cuts[d][i + 1] for d, i in enumerate(cell)])
-            owners = rows[((low <= start) & (end <= high)).all(axis=1)]
-            if len(owners):
-                parts.append((int(tensor), start, end - start, owners))
-    cut = Boxes(
-        np.array([p[0] for p in parts], np.int64),
-        np.stack([p[1] for p in parts]),
-        np.stack([p[2] for p in parts]),
-        *(np.array([getattr(held, f)[p[3][0]] for p in parts], np.int64) for f in ("rank", "row", "unit")),
-    )
-    if not len(plain):
-        sizes = np.array([len(p[3]) for p in parts])
-        return _Cells(cut, np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([p[3] for p in parts]))
-    rest = _cells(held.take(plain))
-    counts = np.concatenate([np.diff(rest.start), [len(p[3]) for p in parts]])
-    boxes = Boxes(*(np.concatenate([getattr(rest.boxes, f), getattr(cut, f)]) for f in Boxes.__dataclass_fields__))
-    owners = np.concatenate([plain[rest.owner_rows], *(p[3] for p in parts)])
-    return _Cells(boxes, np.concatenate([[0], np.cumsum(counts)]), owners)
+def _cut_everywhere(held: Boxes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(row, index of the interval between borders on each axis, offsets, sizes) of every part of every box."""
+    rows, ends = np.arange(len(held)), held.offsets + held.sizes
+    places: list[np.ndarray] = []
+    lows: list[np.ndarray] = []
+    highs: list[np.ndarray] = []
+    for axis in range(held.offsets.shape[1]):
+        width = int(ends[:, axis].max(initial=0)) + 1
+        start, end = (held.tensor * width + x[:, axis] for x in (held.offsets, ends))
+        borders = np.unique(np.concatenate([start, end]))
+        first = np.searchsorted(borders, start)
+        count = np.searchsorted(borders, end) - first
+        again = np.repeat(np.arange(len(rows)), count[rows])
+        step = np.arange(len(again)) - np.repeat(np.cumsum(count[rows]) - count[rows], count[rows])
+        rows = rows[again]
+        place = first[rows] + step
+        places = [p[again] for p in places] + [place]
+        lows = [x[again] for x in lows] + [borders[place] % width]
+        highs = [x[again] for x in highs] + [borders[place + 1] % width]
+    low, high, place = (np.stack(x, 1) if x else np.zeros((len(rows), 0), np.int64) for x in (lows, highs, places))
+    return rows, place, low, high - low
 
 
 @dataclass(frozen=True, eq=False)

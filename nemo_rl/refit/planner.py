@@ -51,7 +51,9 @@ def plan_refit(
     ndim = max((len(m.shape) for m in table.values()), default=0)
     item = np.array([m.dtype.itemsize for m in table.values()], np.int64)
     held = Boxes.of(sources, index, ndim)
-    taken = Boxes.of({r: d.layout for r, d in declarations.items()}, index, ndim, skip=misc)
+    taken = Boxes.of(
+        {r: d.layout for r, d in declarations.items()}, index, ndim, np.array([n not in misc for n in table])
+    )
     misc_fqns = tuple(f for f in table if f in misc)
     root = Layout.from_regions([(f, Region.whole(table[f].shape)) for f in misc_fqns], table)
     whole = Boxes.of({world.trainers[0]: root}, index, ndim)

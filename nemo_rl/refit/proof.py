@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nemo_rl.refit.base import Declaration
-from nemo_rl.refit.boxes import Boxes, overlaps
+from nemo_rl.refit.boxes import Boxes, colliding
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
@@ -43,7 +43,8 @@ def prove(plan: RefitPlan, sources: Mapping[int, Layout], declarations: Mapping[
     ndim = max((len(m.shape) for m in plan.table.values()), default=0)
     item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)
     held = Boxes.of(sources, index, ndim)
-    taken = Boxes.of({r: d.layout for r, d in declarations.items()}, index, ndim, skip=plan.misc_fqns)
+    bulk = np.array([n not in plan.misc_reasons for n in plan.table])
+    taken = Boxes.of({r: d.layout for r, d in declarations.items()}, index, ndim, bulk)
     root = Layout.from_regions([(f, Region.whole(plan.table[f].shape)) for f in plan.misc_fqns], plan.table)
     whole = Boxes.of({plan.misc_root: root}, index, ndim)
     problems = _prove_part(plan, plan.bulk, held, taken, item) + _prove_part(plan, plan.misc, held, whole, item)
@@ -155,9 +156,7 @@ def _prove_cover(plan: RefitPlan, copies: CopyTable, taken: Boxes) -> list[str]:
         for i in np.flatnonzero(volume != want)
     ]
     pieces = Boxes(at[inside], copies.offsets[inside], copies.sizes[inside], *(inside, inside, inside))
-    a, b, _, _ = overlaps(pieces, pieces)
-    twice = np.unique(pieces.tensor[a[a < b]])
-    return problems + [f"{where(int(i))}: written twice" for i in twice]
+    return problems + [f"{where(int(i))}: written twice" for i in colliding(pieces)]
 
 
 def _prove_messages(plan: RefitPlan, copies: CopyTable, item: np.ndarray) -> list[str]:
