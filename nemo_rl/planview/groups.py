@@ -27,7 +27,7 @@ class Group:
 def groups_of(ranks: Sequence[RankView], limit: int) -> list[Group]:
     """At most `limit` groups: single ranks if they are no more, else ranks that agree on as many mesh axes as fit.
 
-    Ranks without enough in common go in runs of equal length.
+    Ranks without enough in common go by host, or in runs of equal length.
     """
     if len(ranks) <= limit:
         return [Group(_short(rank, i), (i,)) for i, rank in enumerate(ranks)]
@@ -38,7 +38,17 @@ def groups_of(ranks: Sequence[RankView], limit: int) -> list[Group]:
             found = _by(ranks, chosen)
             if len(best) < len(found) <= limit:
                 best = found
-    return best if len(best) > 1 else _runs(ranks, limit)
+    if len(best) > 1:
+        return best
+    hosts = [Group(f"node {node}", tuple(found)) for node, found in _hosts(ranks).items()]
+    return hosts if 1 < len(hosts) <= limit else _runs(ranks, limit)
+
+
+def _hosts(ranks: Sequence[RankView]) -> dict[int, list[int]]:
+    hosts: dict[int, list[int]] = {}
+    for i, rank in enumerate(ranks):
+        hosts.setdefault(rank.node, []).append(i)
+    return hosts
 
 
 def _short(rank: RankView, index: int) -> str:

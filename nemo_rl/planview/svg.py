@@ -17,7 +17,6 @@ HEAT_CELLS = 48
 """Ranks a side up to which the heat map has one element, with a tooltip, for each pair."""
 
 WIDTH = 1120
-_LABELS = 190  # room for labels beside the nodes
 _NODE = 14
 
 
@@ -45,15 +44,20 @@ def ribbons(view: PlanView) -> str:
     flow = flow_of(view)
     if not flow.bands:
         return '<p class="hint">No byte travels from shard to shard.</p>'
-    parts = [_band(flow, band) for band in flow.bands]
-    parts += _node_marks(flow.trainers, view.trainers, _LABELS - _NODE, _LABELS - _NODE - 8, "end", "trainer")
-    edge = WIDTH - _LABELS
-    parts += _node_marks(flow.generators, view.generators, edge, edge + _NODE + 8, "start", "generator")
+    left, right = _room(flow.trainers), WIDTH - _room(flow.generators)
+    parts = [_band(flow, band, left, right) for band in flow.bands]
+    parts += _node_marks(flow.trainers, view.trainers, left - _NODE, left - _NODE - 8, "end", "trainer")
+    parts += _node_marks(flow.generators, view.generators, right, right + _NODE + 8, "start", "generator")
     return _svg(flow.height, "".join(parts), "bytes from trainers to generators")
 
 
-def _band(flow: Flow, band: Band) -> str:
-    x0, x1, middle = float(_LABELS), float(WIDTH - _LABELS), WIDTH / 2
+def _room(nodes: Sequence[Node]) -> float:
+    """For the labels of a side, beside its nodes."""
+    return 110.0 + 6.6 * max(len(node.group.label) for node in nodes)
+
+
+def _band(flow: Flow, band: Band, x0: float, x1: float) -> str:
+    middle = (x0 + x1) / 2
     a, b, width = band.left, band.right, band.width
     path = (
         f"M{x0:.1f} {a:.2f}C{middle:.1f} {a:.2f} {middle:.1f} {b:.2f} {x1:.1f} {b:.2f}"

@@ -82,9 +82,12 @@ def test_impossible_links_are_refused():
         Links(node_gb_per_s=0)
 
 
-@pytest.mark.parametrize(("count", "limit", "groups"), [(8, 8, 8), (48, 16, 16), (48, 13, 12), (6, 4, 3), (7, 4, 4)])
-def test_groups_hold_every_rank_once(count, limit, groups):
-    ranks = view_of(1, count, rows=48 * 7).generators
+@pytest.mark.parametrize(
+    ("count", "per_node", "limit", "groups"),
+    [(8, 8, 8, 8), (48, 1, 16, 16), (48, 1, 13, 12), (6, 1, 4, 3), (7, 1, 4, 4), (48, 8, 16, 7), (48, 64, 16, 16)],
+)
+def test_groups_hold_every_rank_once(count, per_node, limit, groups):
+    ranks = view_of(1, count, rows=48 * 7, per_node=per_node).generators
     found = groups_of(ranks, limit)
     assert len(found) == groups
     assert [i for g in found for i in g.members] == list(range(count))
