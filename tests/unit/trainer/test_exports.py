@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer.exports import adapters_alone, stacked_experts, with_cache_scales
-from nemo_rl.trainer.model import Parallel, check_parallel, model_shape
+from nemo_rl.trainer.fsdp import simulate_fsdp
+from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
 from nemo_rl.trainer.simulated import SimulatedTrainer, simulate
+from tests.golden.families import FAMILIES, checkpoint_table
 from tests.unit.trainer.models import make_config
 from tests.unit.trainer.test_simulated import assert_tiled
 
@@ -103,6 +106,23 @@ def test_block_scales_are_held_with_their_weights(kind: str, parallel: Parallel)
             weight = sum(region.volume for name, region in rows if name == fqn.removesuffix("_scale_inv"))
             scales = sum(region.volume for name, region in rows if name == fqn)
             assert (weight == 0) == (scales == 0) and scales * 8 * 8 >= weight
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tables_are_those_of_public_checkpoints(name: str, tmp_path: Path) -> None:
+    FAMILIES[name](tmp_path)
+    shape = model_shape(read_config(tmp_path))
+    tensor = 1 if name == "nemotron_h_latent" else 2  # it has one group of state, which cannot be split
+    sparse = dict(expert=2, expert_tensor=2 // tensor) if shape.is_moe else {}
+    trainer = simulate(shape, Parallel(4, tensor=tensor, **sparse), torch.bfloat16)
+    if name == "stacked_experts":
+        trainer = stacked_experts(trainer)
+    if name == "fp8_kv_scales":
+        trainer = with_cache_scales(trainer, module="self_attn.attn", size=())
+    assert trainer.table == checkpoint_table(name)
+    assert list(trainer.table) == list(checkpoint_table(name))
+    assert_tiled(trainer)
+    assert_tiled(simulate_fsdp(trainer.table, 3))
 
 
 def test_a_split_through_a_block_is_refused_and_so_is_training() -> None:
