@@ -57,6 +57,10 @@ class TrainerActor:
         """As `MegatronPolicy.train_step`."""
         return self._ready.train_step(input_ids, loss_fn, lr=lr, temperature=temperature)
 
+    def calibrate(self, input_ids: torch.Tensor) -> None:
+        """As `MegatronPolicy.calibrate`."""
+        self._ready.calibrate(input_ids)
+
     def refit_connect(self, world: World, store: tuple[str, int], options: RefitOptions) -> None:
         """Join a refit world as its trainer of this rank; an earlier session is closed."""
         self.refit_close()

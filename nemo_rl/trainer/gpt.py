@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from nemo_rl.trainer.cpu import fill_in_missing_names
-from nemo_rl.trainer.layers import block_spec, draft_spec
+from nemo_rl.trainer.layers import CausalAttention, block_spec, draft_spec
 from nemo_rl.trainer.model import Parallel, padded_vocabulary
 from nemo_rl.trainer.shape import ModelShape
 
@@ -189,9 +190,16 @@ def _build_chunk(config: TransformerConfig, shape: ModelShape, parallel: Paralle
         mtp_block_spec=draft_spec(config, shape) if last and shape.num_draft_layers else None,
         vp_stage=chunk,
     )
+    for attention in attentions([model]):
+        attention.hold_cache_scales(shape.cache_scales)
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model.train()
+
+
+def attentions(chunks: Sequence[torch.nn.Module]) -> list[CausalAttention]:
+    """Every attention of this rank's layers, in order."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, CausalAttention)]
 
 
 def _virtual(parallel: Parallel) -> int | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -34,14 +36,46 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(torch.nn.Module):
-    """Torch's fused causal attention: no mask and no matrix of scores is kept, also without Transformer Engine."""
+    """Torch's fused causal attention: no mask and no matrix of scores is kept, also without Transformer Engine.
+
+    It may hold the scales of an FP8 cache of keys and values: buffers `k_scale`, `v_scale` and `q_scale`, each one
+    float32 number that values are divided by.
+    """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__()
         self._scale = softmax_scale
+        self._seen: dict[str, torch.Tensor] = {}
+
+    def hold_cache_scales(self, kinds: str) -> None:
+        """Hold a scale for each letter of `kinds`, 1 until it is calibrated."""
+        for kind in kinds:
+            self.register_buffer(f"{kind}_scale", torch.ones(1))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CausalAttention:
+        """Scales stay float32 when the model is brought to another dtype."""
+        super()._apply(fn, recurse)
+        for name, buffer in list(self.named_buffers()):
+            self.register_buffer(name, buffer.float())
+        return self
+
+    def watch(self) -> None:
+        """From here on, keep the largest magnitudes that attention sees."""
+        self._seen = {name: torch.zeros_like(scale) for name, scale in self.named_buffers()}
+
+    def calibrate(self, group: dist.ProcessGroup) -> None:
+        """Set the scales by what was seen since `watch` on all ranks of `group`; each of them calls it."""
+        for name, scale in self.named_buffers():
+            dist.all_reduce(self._seen[name], op=dist.ReduceOp.MAX, group=group)
+            largest = torch.finfo(torch.float8_e4m3fn).max
+            scale.copy_((self._seen[name] / largest).clamp_min(torch.finfo(torch.float32).tiny))
+        self._seen = {}
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """`query` `[S, B, heads, D]`, `key` `[S, B, groups, D]`, `value` `[S, B, groups, E]` -> `[S, B, heads * E]`."""
+        given = {"k_scale": key, "v_scale": value, "q_scale": query}
+        for name, seen in self._seen.items():
+            seen.copy_(torch.maximum(seen, given[name].detach().abs().amax().float()))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from nemo_rl import checkpoint
+from nemo_rl.refit.layout import Holding
 from nemo_rl.trainer import families, gpt
 from nemo_rl.trainer.cpu import megatron_on_cpu
 from nemo_rl.trainer.layout import MegatronSource
@@ -46,6 +47,7 @@ class TrainerConfig:
         router_bias_update_rate: how far a step moves the correction bias of a sigmoid router towards even loads.
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
+        cache_scales: hold scales for an FP8 KV cache, which `calibrate` sets and refits and exports bring along.
         deadline_s: longest that any collective between trainers may take.
     """
 
@@ -63,6 +65,7 @@ class TrainerConfig:
     logprob_batch_size: int = 128
     seed: int = 42
     keep_reference: bool = True
+    cache_scales: bool = False
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -90,8 +93,10 @@ class MegatronPolicy:
         problems = check_parallel(hf_config, config.parallel)
         if not problems:
             self._shape = model_shape(hf_config)
+            problems = self._hold_cache_scales() if config.cache_scales else []
             table = families.table(self._shape, self._dtype)
-            problems = checkpoint.check(config.model_path, table, families.droppable(self._shape))
+            table = {fqn: meta for fqn, meta in table.items() if not families.calibrated(fqn)}
+            problems += checkpoint.check(config.model_path, table, families.droppable(self._shape))
         if problems:
             raise ValueError(f"trainers cannot load {config.model_path}:\n" + "\n".join(f"  - {p}" for p in problems))
         self._device = self._choose_device()
@@ -104,6 +109,12 @@ class MegatronPolicy:
             gpt.init_parallel(config.parallel, self._shape.is_moe, timeout, config.seed)
             self._build()
         self._reference = [p.detach().to("cpu", copy=True) for p in self._weights()] if config.keep_reference else None
+
+    def _hold_cache_scales(self) -> list[str]:
+        self._shape = replace(self._shape, cache_scales="kvq")
+        if self._shape.latent is None and self._shape.hybrid is None:
+            return []
+        return [f"cache_scales with {self._shape.architecture}: only plain attention is calibrated; set it to false"]
 
     def _choose_device(self) -> torch.device:
         """The GPU of this rank where there are any; a process that sees several takes them by rank."""
@@ -125,8 +136,12 @@ class MegatronPolicy:
         self._optimizer = get_megatron_optimizer(self._optimizer_config(), self._ddp, use_gloo_process_groups=False)
         config.grad_scale_func = self._optimizer.scale_loss
         self._source = MegatronSource(self._chunks, self._shape, self._dtype)
-        checkpoint.read_into(self._source.holdings(), self.config.model_path)
+        checkpoint.read_into(self._read_holdings(), self.config.model_path)
         self._optimizer.reload_model_params()
+
+    def _read_holdings(self) -> list[Holding]:
+        """What comes from the checkpoint."""
+        return [holding for holding in self._source.holdings() if not families.calibrated(holding.fqn)]
 
     def _optimizer_config(self) -> OptimizerConfig:
         config = self.config
@@ -168,6 +183,24 @@ class MegatronPolicy:
             self._run(input_ids, batches, keep, temperature, forward_only=True)
             dist.all_reduce(whole)  # every row was filled by one rank: of its pipeline's last stage
         return whole.cpu()
+
+    def calibrate(self, input_ids: torch.Tensor) -> None:
+        """Set the scales of the FP8 KV cache so that what attention sees of `input_ids` `[N, L]` just fits.
+
+        Padding, which is token 0, counts.
+
+        Raises:
+            ValueError: this policy holds no scales.
+        """
+        if not self._shape.cache_scales:
+            raise ValueError("calibrating the KV cache needs cache_scales=True")
+        layers = gpt.attentions(self._chunks)
+        for attention in layers:
+            attention.watch()
+        self.logprobs(input_ids)
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        for attention in layers:
+            attention.calibrate(group)
 
     def reference_logprobs(self, input_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
         """As `logprobs`, by the weights that this policy started with."""
@@ -325,7 +358,7 @@ class MegatronPolicy:
 
     def weight_problems(self) -> list[str]:
         """Boxes of this rank that are not the checkpoint's; nothing once a step was made."""
-        return [] if self._stepped else checkpoint.differences(self._source.holdings(), self.config.model_path)
+        return [] if self._stepped else checkpoint.differences(self._read_holdings(), self.config.model_path)
 
     def export(self, folder: str) -> None:
         """Write the whole model as a Hugging Face checkpoint, with the configuration and tokenizer it came with.

@@ -124,6 +124,7 @@ class ModelShape:
         router: where it is a sigmoid router with a correction bias; None for softmax.
         hybrid: where layers hold a single mixer each; MLPs and experts are then not gated.
         num_draft_layers: layers that predict tokens further ahead; they follow the others.
+        cache_scales: letters of the FP8 KV cache's scales that the trainer calibrates: of `k`, `v` and `q`.
         fp8: where linear weights are FP8 with a scale for each block.
     """
 
@@ -153,6 +154,7 @@ class ModelShape:
     yarn: Yarn | None = None
     num_draft_layers: int = 0
     fp8: BlockFp8 | None = None
+    cache_scales: str = ""
 
     @property
     def is_moe(self) -> bool:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
-from tests.unit.trainer.models import logits_of, make_config, save_reference
+from nemo_rl.trainer.simulated import simulate
+from tests.unit.trainer.models import caches_of, logits_of, make_config, save_reference
 from tests.unit.trainer.probe import (
+    calibrate,
     load_and_export,
     move_bias,
     probe,
@@ -147,6 +150,32 @@ def test_a_routers_bias_is_held_alive_in_float32(model: Model) -> None:
     for biases in run_ranks(move_bias, 2, str(model("latent")), Parallel(2, tensor=2, expert=2)):
         assert [fqn for fqn, _, _ in biases] == [f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2)]
         assert all(alive and abs(moved - 0.125) < 1e-6 for _, alive, moved in biases)
+
+
+def test_scales_of_an_fp8_cache_are_calibrated_alike_by_every_layout(model: Model, out: Path) -> None:
+    folder = model("dense")
+    caches = run_ranks(caches_of, 1, str(folder))[0]
+    for precision, parallel in (
+        ("float32", Parallel(1)),
+        ("float32", Parallel(4, pipeline=2, pipeline_layers=(1, 2))),
+        ("bfloat16", Parallel(2, tensor=2)),
+    ):
+        tolerance = 1e-5 if precision == "float32" else 0.05
+        ranks = run_ranks(partial(calibrate, precision=precision), parallel.world_size, str(folder), parallel, str(out))
+        exported = load_file(out / "model.safetensors")
+        shape = replace(model_shape(read_config(folder)), cache_scales="kvq")
+        simulated = simulate(shape, parallel, torch.float32)
+        for rank, said in enumerate(ranks):
+            assert said["fresh"] and said["scales"] and set(said["rows"]) == set(simulated.rows[rank])
+            for fqn, scale in said["scales"].items():
+                assert scale == float(exported[fqn]), "all ranks of a stage hold the same"
+                if fqn in caches:
+                    assert abs(scale * 448 / caches[fqn] - 1) < tolerance, fqn
+        assert {f for f in exported if f.endswith("_scale")} == {
+            f"model.layers.{i}.self_attn.{kind}_scale" for i in range(3) for kind in "kvq"
+        }
+        assert ranks[0]["logprobs"] < (2e-6 if precision == "float32" else 0.2)
+        shutil.rmtree(out)
 
 
 def test_draft_layers_are_held_and_change_nothing(model: Model, out: Path, tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def scale_region(shape: ModelShape, fqn: str, part: Region) -> Region:
     return Region(first, tuple(-(-end // b) - f for end, b, f in zip(part.ends, blocks, first, strict=True)))
 
 
+def calibrated(fqn: str) -> bool:
+    """Whether the trainer makes the tensor from what it sees, so that no checkpoint need hold it."""
+    return fqn.endswith(("self_attn.k_scale", "self_attn.v_scale", "self_attn.q_scale"))
+
+
 def droppable(shape: ModelShape) -> frozenset[str]:
     """Names that a checkpoint of the model may hold beside those of `table`."""
     return FAMILIES[shape.architecture].droppable(shape)

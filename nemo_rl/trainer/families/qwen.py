@@ -51,6 +51,9 @@ def _rule(shape: ModelShape, key: str, size: Shape) -> list[Box] | None:
     prefix, name = f"model.layers.{layer[1]}.", layer[2]
     if name in _PLAIN:
         return [whole(prefix + _PLAIN[name], size)]
+    scale = re.fullmatch(r"self_attention\.core_attention\.([kvq])_scale", name)
+    if scale is not None and scale[1] in shape.cache_scales:
+        return [whole(f"{prefix}self_attn.{scale[1]}_scale", size)]
     if name in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
         return qkv(shape, prefix + "self_attn.", name.rsplit(".", 1)[1], size)
     expert = re.fullmatch(r"mlp\.experts\.experts\.(\d+)\.(.+)", name)
@@ -93,6 +96,8 @@ def _attention_weights(shape: ModelShape, prefix: str, layer: int) -> Iterator[W
     if shape.qk_norm:
         for name in "qk":
             yield Weight(f"{prefix}{name}_layernorm.weight", (shape.head_dim,), layer)
+    for kind in shape.cache_scales:
+        yield Weight(f"{prefix}core_attention.{kind}_scale", (1,), layer)
 
 
 def _tensors(shape: ModelShape) -> dict[str, Shape]:
@@ -110,6 +115,7 @@ def _tensors(shape: ModelShape) -> dict[str, Shape]:
         out[f"{layer}self_attn.o_proj.weight"] = (hidden, query)
         if shape.qk_norm:
             out |= {f"{layer}self_attn.{n}_norm.weight": (shape.head_dim,) for n in "qk"}
+        out |= {f"{layer}self_attn.{kind}_scale": (1,) for kind in shape.cache_scales}
         mlp = f"{layer}mlp."
         out |= _sparse_mlp(shape, mlp) if sparse else mlp_tensors(mlp, hidden, shape.ffn_size)
     return out
@@ -126,8 +132,13 @@ def _sparse_mlp(shape: ModelShape, prefix: str) -> dict[str, Shape]:
 
 
 def _droppable(shape: ModelShape) -> frozenset[str]:
-    """A tied model's `lm_head` is the embedding; some checkpoints store it twice."""
-    return frozenset({"lm_head.weight"} if shape.tied_embeddings else ())
+    """A tied model's `lm_head` is the embedding; some checkpoints store it twice. An export may hold cache scales."""
+    scales = {f"model.layers.{i}.self_attn.{kind}_scale" for i in range(shape.num_layers) for kind in "kvq"}
+    return frozenset(scales | ({"lm_head.weight"} if shape.tied_embeddings else set()))
+
+
+def _float32(fqn: str) -> bool:
+    return fqn.endswith("_scale")
 
 
 def _read(hf: Any) -> ModelShape:
@@ -193,4 +204,4 @@ def _unsupported(hf: Any) -> list[str]:
     return bad + quantization_of(hf)[1]
 
 
-QWEN = Family(_read, _tensors, _rule, _weights, _droppable)
+QWEN = Family(_read, _tensors, _rule, _weights, _droppable, _float32)

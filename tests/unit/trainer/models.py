@@ -166,3 +166,16 @@ def logits_of(rank: int, meet: str, folder: str, ids: torch.Tensor) -> torch.Ten
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
     with torch.no_grad():
         return model(ids).logits
+
+
+def caches_of(rank: int, meet: str, folder: str) -> dict[str, float]:
+    """In a child: the largest magnitude in each layer's cache of keys and of values, under the names of their scales.
+
+    `reference.pt` has the tokens, padding among them.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
+    with torch.no_grad():
+        cache = model(torch.load(Path(folder) / "reference.pt")["ids"], use_cache=True).past_key_values
+    at = "model.layers.{}.self_attn.{}_scale"
+    keys = {at.format(i, "k"): float(layer.keys.abs().max()) for i, layer in enumerate(cache.layers)}
+    return keys | {at.format(i, "v"): float(layer.values.abs().max()) for i, layer in enumerate(cache.layers)}

@@ -95,6 +95,21 @@ def move_bias(rank: int, meet: str, folder: str, parallel: Parallel) -> list[tup
     return said
 
 
+def calibrate(rank: int, meet: str, folder: str, parallel: Parallel, out: str, **changes: Any) -> dict[str, Any]:
+    """The cache's scales by name, whether their views were theirs all along, and how far the model still is off."""
+    reference = torch.load(Path(folder) / "reference.pt")
+    policy = MegatronPolicy(TrainerConfig(folder, parallel, cache_scales=True, **changes), rank, meet)
+    held = [h for h in policy.source().holdings() if h.fqn.endswith("_scale")]
+    fresh = all(float(h.view) == 1.0 and h.view.dtype == torch.float32 for h in held)
+    policy.calibrate(reference["ids"])
+    said = {"scales": {h.fqn: float(h.view) for h in held}, "fresh": fresh}
+    said["logprobs"] = _worst(policy.logprobs(reference["ids"]), reference["logprobs"])
+    said["rows"] = [(h.fqn, h.region) for h in policy.source().holdings()]
+    policy.export(out)
+    policy.close()
+    return said
+
+
 def load_and_export(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -> torch.Tensor:
     """Log-probabilities of a loaded checkpoint, after a step of no size; export it."""
     policy = MegatronPolicy(TrainerConfig(folder, parallel, lr=0.0, clip_grad=0.0), rank, meet)

@@ -25,9 +25,9 @@ from tests.unit.trainer.test_simulated import assert_tiled
 CASES: dict[str, tuple[str, int, int, int]] = {
     "dense, 3 ranks": ("dense", 3, 1, 0),
     "moe, 3 ranks": ("moe", 3, 1, 0),
-    "latent, 2 ranks": ("latent", 2, 1, 0),
+    "latent, 3 ranks": ("latent", 3, 1, 0),
     "tied, 2 x 2 ranks": ("biased", 4, 2, 0),
-    "shared, 2 ranks on dim 1": ("shared", 2, 1, 1),
+    "shared, 4 ranks on dim 1": ("shared", 4, 1, 1),
 }
 
 
