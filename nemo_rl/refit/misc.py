@@ -28,6 +28,29 @@ def audience(plan: RefitPlan) -> tuple[int, ...]:
     return (plan.misc_root, *plan.world.generators)
 
 
+def broadcast(
+    plan: RefitPlan, channel: Channel, rank: int, buffer: MiscBuffer, memory: torch.Tensor, end: float
+) -> None:
+    """This rank's part in one buffer's broadcast, done at monotonic time `end`.
+
+    Raises:
+        TransferError: naming the first tensors of the buffer and the root.
+    """
+    root = plan.misc_root
+    try:
+        channel.broadcast(memory, root, audience(plan)).wait(end - time.monotonic())
+    except RuntimeError as error:
+        names = ", ".join(buffer.fqns[:4]) + (f" and {len(buffer.fqns) - 4} more" if len(buffer.fqns) > 4 else "")
+        what = f"whole tensors {names} ({buffer.num_bytes} bytes)"
+        peer = "the generators" if rank == root else plan.world.describe(root)
+        raise TransferError(
+            f"{'sending' if rank == root else 'receiving'} {what} {'to' if rank == root else 'from'} {peer}: {error}",
+            rank=rank,
+            phase="misc",
+            remedy=f"look at the logs of {peer}; remake the session",
+        ) from error
+
+
 def unpack(plan: RefitPlan, buffer: MiscBuffer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
     """Views of the whole tensors inside a packed uint8 buffer."""
     out = {}
@@ -59,9 +82,8 @@ class RootSink:
     def close(self, unit: int) -> None:
         assert unit == self._next, f"buffer {unit} is whole before buffer {self._next}: receivers expect plan order"
         self._next = next((i for i in range(unit + 1, self._count) if self._plan.misc_buffers[i].num_bytes), -1)
-        memory = self._open.pop(unit)
-        work = self._channel.broadcast(memory, self._plan.misc_root, audience(self._plan))
-        work.wait(self._end - time.monotonic())
+        plan, memory = self._plan, self._open.pop(unit)
+        broadcast(plan, self._channel, plan.misc_root, plan.misc_buffers[unit], memory, self._end)
         self.sent_bytes += memory.nbytes
 
 
@@ -86,7 +108,7 @@ class Receiver:
         for buffer in self._plan.misc_buffers:
             memory = torch.empty(buffer.num_bytes, dtype=torch.uint8, device=self._device)
             if buffer.num_bytes:  # a buffer of empty tensors does not travel
-                self._receive(buffer, memory)
+                broadcast(self._plan, self._channel, self._rank, buffer, memory, self._end)
             self.received_bytes += buffer.num_bytes
             tensors = unpack(self._plan, buffer, memory)
             if self._verify:
@@ -94,21 +116,6 @@ class Receiver:
             yield from tensors.items()
             del memory, tensors  # before the next buffer is made
         self.exhausted = True
-
-    def _receive(self, buffer: MiscBuffer, memory: torch.Tensor) -> None:
-        plan = self._plan
-        work = self._channel.broadcast(memory, plan.misc_root, audience(plan))
-        try:
-            work.wait(self._end - time.monotonic())
-        except RuntimeError as error:
-            names = ", ".join(buffer.fqns[:4]) + (f" and {len(buffer.fqns) - 4} more" if len(buffer.fqns) > 4 else "")
-            root = plan.world.describe(plan.misc_root)
-            raise TransferError(
-                f"receiving whole tensors {names} ({buffer.num_bytes} bytes) from {root}: {error}",
-                rank=self._rank,
-                phase="misc",
-                remedy=f"check whether {root} is alive and reachable; remake the session",
-            ) from error
 
     def _digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
         copies = self._plan.misc

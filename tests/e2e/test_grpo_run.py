@@ -78,7 +78,7 @@ def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
 
 
 def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
-    rows, _ = run(MOE, models, tmp_path, 2)
+    rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true")
     assert_proven(rows, "gloo")
 
 

@@ -11,10 +11,12 @@ import torch
 from nemo_rl.refit.base import Declaration, RefitOptions, World
 from nemo_rl.refit.errors import AgreementError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, Layout
+from nemo_rl.refit.misc import RootSink
 from nemo_rl.refit.plan import MiscBuffer
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal, prove
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
 
@@ -62,6 +64,56 @@ def test_whole_tensors_arrive_under_their_own_names_whoever_holds_them(bucket, v
     for landing in landings:
         assert all(same_bytes(landing.whole[f], full[f]) for f in table)
     assert all(r.verified is verify for r in reports.values())
+
+
+def test_whole_tensors_leave_in_order_when_the_roots_own_come_last():
+    table = experts(6)
+    full, names = model(table), list(table)
+    sources = [PlainSource.of(full, table, rows_of(table, part)) for part in (names[3:], names[:3])]
+    landing = PlainLanding(rows_of(table))
+    sim = SimulatedWorld(sources, [landing], RefitOptions(transport="broadcast", bucket_bytes=1024, deadline_s=5))
+    raise_any(plans := sim.start())
+    assert len(plans[0].misc_buffers) == 6
+    raise_any(sim.refit(1))
+    assert list(landing.whole) == names and all(same_bytes(landing.whole[f], full[f]) for f in table)
+
+
+def test_a_buffer_that_would_leave_out_of_order_is_a_bug():
+    table = experts(3)
+    layouts = {0: Layout.from_regions(rows_of(table), table)}
+    declared = {1: Declaration(layouts[0], dict.fromkeys(table, "cast"))}
+    plan = plan_refit(World.of(1, 1), layouts, declared, table, bucket_bytes=1024)
+    sink = RootSink(plan, InprocChannel(Hub(), 0), torch.device("cpu"), 2.0)
+    for unit in (1, 0):
+        sink.open(unit)
+    with pytest.raises(AssertionError, match="buffer 1 is whole before buffer 0"):
+        sink.close(1)
+
+
+def test_a_root_whose_generators_do_not_listen_gives_up_by_name():
+    class Deaf(InprocChannel):
+        def broadcast(self, buffer, root, ranks):
+            return self.recv(buffer, 1, 5)  # waits for what never comes, as a socket whose other end is gone
+
+    table = experts(2)
+    options = RefitOptions(transport="broadcast", deadline_s=1)
+    source, landing = PlainSource.of(model(table), table, rows_of(table)), PlainLanding(rows_of(table))
+    sim = SimulatedWorld([source], [landing], options, lambda rank, t: Deaf(t._hub, rank) if rank == 0 else t)
+    raise_any(sim.start())
+    results = sim.refit(1)
+    assert all(isinstance(r, RefitError) for r in results.values()) and landing.version == -1
+    assert "sending whole tensors experts.0.w, experts.1.w (2048 bytes) to the generators" in str(results[0])
+
+
+def test_whole_tensors_without_bytes_do_not_travel():
+    table = make_table({"a": ((4,), torch.float32), "b": ((0, 4), torch.float32)})
+    full = model(table)
+    landing = PlainLanding(rows_of(table), misc={"b": "cast"})
+    sim = SimulatedWorld([PlainSource.of(full, table, rows_of(table))], [landing], FAST)
+    raise_any(plans := sim.start())
+    assert [buffer.num_bytes for buffer in plans[0].misc_buffers] == [0]
+    raise_any(sim.refit(1))
+    assert landing.whole["b"].shape == (0, 4)
 
 
 def test_a_slow_rank_cannot_commit_alone():
@@ -223,7 +275,9 @@ def test_a_unit_without_bytes_on_a_rank_is_still_processed():
     assert sorted(landing.closed) == [0, 1]
 
 
-@pytest.mark.parametrize("fault", ["overlap", "short", "lost", "unasked", "half unit", "reason only", "row", "dtype"])
+@pytest.mark.parametrize(
+    "fault", ["overlap", "short", "lost", "unasked", "half unit", "reason only", "row", "dtype", "bucket"]
+)
 def test_the_proof_catches_damage_around_whole_tensors(fault):
     table = make_table({f"t{i}": ((8,), torch.float32) for i in range(4)})
     layout = Layout.from_regions(rows_of(table), table, [5, 5, -1, -1])
@@ -235,6 +289,7 @@ def test_the_proof_catches_damage_around_whole_tensors(fault):
         "overlap": lambda: replace(plan, misc_buffers=(MiscBuffer(buffer.fqns, (0, 16), 48),)),
         "short": lambda: replace(plan, misc_buffers=(replace(buffer, num_bytes=40),)),
         "lost": lambda: replace(plan, misc_buffers=(MiscBuffer(("t0",), (0,), 32),)),
+        "bucket": lambda: replace(plan, bucket_bytes=24),
         "reason only": lambda: replace(plan, misc_reasons={**plan.misc_reasons, "t2": "none"}),
         "row": lambda: replace(plan, bulk=replace(plan.bulk, src_row=plan.bulk.src_row * 0 - 1)),
     }

@@ -32,7 +32,7 @@ from nemo_rl.refit.verify import Verifier
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
 
 WHOLE = Region.whole
-FAST = RefitOptions(deadline_s=2)
+FAST = RefitOptions(deadline_s=20)
 
 
 def model(table, seed=5):
@@ -429,7 +429,7 @@ def test_a_bucket_delivered_twice():
 def test_a_bucket_delivered_in_place_of_the_next():
     first = {}
     repeat = lambda buffer, dst, tag: first.setdefault(dst, buffer)  # noqa: E731
-    options = RefitOptions(deadline_s=2, bucket_bytes=1024)
+    options = RefitOptions(deadline_s=20, bucket_bytes=1024)
     table = make_table({f"w{i}": ((16, 32), torch.float32) for i in range(2)})
     sim, _, landings, _ = two_by_two(lambda rank, t: Sends(t, repeat) if rank == 0 else t, options, table=table)
     raise_any(sim.start())
@@ -459,7 +459,7 @@ def test_a_message_that_nobody_waits_for(monkeypatch):
     """A pipeline that stops one message early, without digests to notice."""
     whole = CopyTable.messages_of
     monkeypatch.setattr(CopyTable, "messages_of", lambda copies, rank: whole(copies, rank)[: -1 if rank == 2 else None])
-    sim, _, landings, _ = two_by_two(options=RefitOptions(deadline_s=2, verify=False))
+    sim, _, landings, _ = two_by_two(options=RefitOptions(deadline_s=20, verify=False))
     raise_any(sim.start())
     caught(sim.refit(1), landings, TransferError, "landing units {-1: 4} (unit: copies) are incomplete")
 
@@ -487,10 +487,10 @@ class Casts(InprocChannel):
         return self.send(buffer[:0], self._rank, 99)
 
 
-def whole_tensors(choose, landing=PlainLanding):
+def whole_tensors(choose, landing=PlainLanding, deadline_s=20):
     """All tensors travel whole, one a buffer."""
     table = make_table({f"w{i}": ((16, 32), torch.float32) for i in range(3)})
-    options = RefitOptions(transport="broadcast", deadline_s=2, bucket_bytes=1024)
+    options = RefitOptions(transport="broadcast", deadline_s=deadline_s, bucket_bytes=1024)
     wrap = lambda rank, t: Casts(t, choose) if rank == 0 else t  # noqa: E731
     sim, _, landings, full = two_by_two(wrap, options, landing, table)
     raise_any(plans := sim.start())
@@ -506,7 +506,7 @@ def test_whole_tensors_without_a_fault():
 
 def test_a_whole_tensor_that_is_missing():
     """The one after it stands in its place, and nothing in the place of the last."""
-    sim, landings, _ = whole_tensors(lambda seen: [] if len(seen) == 2 else seen[-1:])
+    sim, landings, _ = whole_tensors(lambda seen: [] if len(seen) == 2 else seen[-1:], deadline_s=2)
     caught(sim.refit(1), landings, TransferError, "whole tensors w2", "from trainer 0 (rank 0)")
 
 
@@ -575,7 +575,7 @@ def test_a_source_that_changes_during_the_refit(sent, changed):
                 next(h for h in sources[0].held if h.fqn == changed).view.view(torch.int32).add_(1)
             return pending
 
-    options = RefitOptions(deadline_s=2, bucket_bytes=1024)
+    options = RefitOptions(deadline_s=20, bucket_bytes=1024)
     table = make_table({f"w{i}": ((16, 32), torch.float32) for i in range(4)})
     wrap = lambda rank, t: Racing(t._hub, rank) if rank == 0 else t  # noqa: E731
     sim, sources, landings, _ = two_by_two(wrap, options, table=table)
