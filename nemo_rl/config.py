@@ -115,7 +115,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
-    """Knobs of the refit session. `transport` is auto, gloo or golden; the conventional refit is `broadcast`, which
+    """Knobs of the session. `transport` is auto, peer, gloo or golden; the conventional refit is `broadcast`, which
     `policy.nccl_xfer_refit=false` selects. `verify_against_checkpoint` compares what trainers hold before their first
     step with the files of `model_name`, and what generators loaded from them with what the first refit brings."""
 

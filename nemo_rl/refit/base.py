@@ -118,7 +118,7 @@ class RefitOptions:
     """Knobs of a session.
 
     Attributes:
-        transport: `auto`, `gloo`, `golden` or `broadcast` (the conventional refit).
+        transport: `auto`, `peer`, `gloo`, `golden` or `broadcast` (the conventional refit).
         bucket_bytes: largest message.
         num_streams: messages in flight per rank and direction; bounds extra memory to
             `2 * num_streams * bucket_bytes`.

@@ -85,16 +85,19 @@ class Tracker:
         return self.row_view(row)[region.slices_in(self.layout.region(row))]
 
     def row_view(self, row: int) -> torch.Tensor:
-        unit = int(self.layout.unit[row])
+        return self.rows(int(self.layout.unit[row]))[row]
+
+    def rows(self, unit: int) -> Mapping[int, torch.Tensor]:
+        """Views of all rows of `unit`, which this opens."""
         if unit not in self._views:
             self._views[unit] = self._sink.open(unit)
-        return self._views[unit][row]
+        return self._views[unit]
 
-    def landed(self, indices: Sequence[int]) -> None:
+    def landed(self, indices: Sequence[int] | np.ndarray) -> None:
         """Copies `indices` are in place; closes every unit that is whole."""
-        for index in indices:
-            unit = int(self.layout.unit[self._copies.dst_row[index]])
-            self._left[unit] -= 1
+        units, counts = np.unique(self.layout.unit[self._copies.dst_row[indices]], return_counts=True)
+        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
+            self._left[unit] -= count
             if self._left[unit] == 0:
                 self._close(unit)
 

@@ -66,7 +66,7 @@ def assert_proven(rows: list[dict[str, Any]], transport: str) -> None:
 
 def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
     rows, printed = run(DENSE, models, tmp_path, 3)
-    assert_proven(rows, "gloo")
+    assert_proven(rows, "peer")
     assert all(r["refit_misc_bytes"] == 0 for r in rows)
     assert len({r["refit_bulk_bytes"] for r in rows}) == 1
     assert "margin" in printed and "verified" in printed
@@ -79,7 +79,7 @@ def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
 
 def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
     rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true")
-    assert_proven(rows, "gloo")
+    assert_proven(rows, "peer")
 
 
 def test_conventional_refits(models: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from nemo_rl.refit.base import World
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
+from nemo_rl.refit.transports import peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
@@ -46,13 +47,14 @@ TRANSPORTS: Mapping[str, Transport] = {
     transport.name: transport
     for transport in (
         Transport("gloo", _gloo_unsupported, _messages),
+        Transport("peer", peer.unsupported, peer.Peer),
         Transport("golden", _any_one_device, Golden),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),
     )
 }
 
-AUTO = ("gloo",)
-"""What `auto` takes: the first of these that every rank supports."""
+AUTO = ("peer", "gloo")
+"""What `auto` takes: the first of these that every rank supports; where a channel was given, what passes messages."""
 
 NAMES = ("auto", *TRANSPORTS)
 
@@ -60,7 +62,7 @@ NAMES = ("auto", *TRANSPORTS)
 def own_fact(device: torch.device, given: bool) -> Fact:
     """This rank's part of the facts."""
     host = _BOOT.read_text().strip() if _BOOT.exists() else ""
-    return Fact(host, device.type, given)
+    return Fact(host, device.type, given, peer.memory_of(device).beacon())
 
 
 def choose(control: Control, asked: str, fact: Fact) -> Transport:
@@ -76,7 +78,8 @@ def choose(control: Control, asked: str, fact: Fact) -> Transport:
         name: next((f"{control.world.describe(r)}: {text[name]}" for r, text in said.items() if text[name]), None)
         for name in TRANSPORTS
     }
-    wanted = AUTO if asked == "auto" else (asked,)
+    auto = [name for name in AUTO if name != "peer" or not fact.given]
+    wanted = auto if asked == "auto" else [asked]
     found = next((name for name in wanted if reasons[name] is None), None)
     refused = "; ".join(f"transport '{name}' is not possible ({reasons[name]})" for name in wanted if reasons[name])
     if found is None:

@@ -1,4 +1,4 @@
-"""Real processes over gloo: bit equality for three refits, and a killed trainer that is named within the deadline."""
+"""Real processes, over gloo and over mapped memory: equality in three refits; a killed trainer is named in time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty
 
 import pytest
@@ -41,6 +42,19 @@ def shard(meta, rank, axis):
     return Region(tuple(offsets), tuple(sizes))
 
 
+def kills_trainer_1(session, inner):
+    """Its memory is mapped and was announced as complete; it dies before a byte is read."""
+
+    def open_unit(unit):
+        pid, _ = session._agreed.mover._opened[1]
+        os.kill(pid, signal.SIGKILL)
+        while not Path(f"/proc/{pid}/status").read_text().count("zombie"):
+            time.sleep(0.01)
+        return inner(unit)
+
+    return open_unit
+
+
 def rank_main(rank, port, transport, versions, die, queue):
     torch.set_num_threads(1)
     source = landing = None
@@ -60,8 +74,10 @@ def rank_main(rank, port, transport, versions, die, queue):
                 source.load(full)
             if landing:
                 landing.scramble()
-            if die and rank == 1 and version == versions[-1]:
+            if die == "sending" and rank == 1 and version == versions[-1]:
                 session._src_view = lambda row, region: os.kill(os.getpid(), signal.SIGKILL)
+            if die == "being read" and rank == 2 and version == versions[-1]:
+                landing.open = kills_trainer_1(session, landing.open)
             report = session.refit(version)
             if landing:
                 held = landing.whole if transport == "broadcast" else dict(zip(TABLE, landing.storage, strict=True))
@@ -77,7 +93,7 @@ def rank_main(rank, port, transport, versions, die, queue):
     session.close()
 
 
-def run(transport, versions, die=False):
+def run(transport, versions, die=""):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
     context = mp.get_context("spawn")
     queue = context.Queue()
@@ -88,7 +104,7 @@ def run(transport, versions, die=False):
     for p in ranks:
         p.start()
     out, end = {}, time.monotonic() + 120
-    while len(out) < WORLD.size - die and time.monotonic() < end:
+    while len(out) < WORLD.size - bool(die) and time.monotonic() < end:
         try:
             rank, *rest = queue.get(timeout=1)
             out[rank] = rest
@@ -101,15 +117,16 @@ def run(transport, versions, die=False):
     return out
 
 
-@pytest.mark.parametrize("transport", ["gloo", "golden", "broadcast"])
+@pytest.mark.parametrize("transport", ["gloo", "peer", "golden", "broadcast"])
 def test_three_refits_between_processes(transport):
     out = run(transport, (0, 1, 2))
     assert out == {0: [True, None], 1: [True, None], 2: [True, 2], 3: [True, 2]}
 
 
-def test_a_killed_trainer_is_named_and_nothing_is_committed():
+@pytest.mark.parametrize(("transport", "die"), [("gloo", "sending"), ("peer", "being read")])
+def test_a_killed_trainer_is_named_and_nothing_is_committed(transport, die):
     started = time.monotonic()
-    out = run("gloo", (0, 1), die=True)
+    out = run(transport, (0, 1), die)
     assert set(out) == {0, 2, 3} and time.monotonic() - started < 90
     assert any("trainer 1 (rank 1)" in out[r][0] and "transfer" in out[r][0] for r in (2, 3)), out
     for r in (2, 3):

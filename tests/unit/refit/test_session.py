@@ -21,7 +21,7 @@ from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
 
 WHOLE = Region.whole
-TRANSPORTS = ("auto", "golden", "broadcast")
+TRANSPORTS = ("auto", "peer", "golden", "broadcast")
 
 
 def full_model(table, seed):

@@ -1,0 +1,130 @@
+"""Where copies lie in memory at both ends: addresses, and forms that say how bytes are spread from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.plan import CopyTable, RefitPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """`size` runs, `src` and `dst` bytes apart at the two ends."""
+
+    size: int
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A box of bytes: runs of `run` bytes, contiguous at both ends, along `axes` (outermost first).
+
+    `item` is the size of an element, the smallest piece that a kernel may move.
+    """
+
+    axes: tuple[Axis, ...]
+    run: int
+    item: int
+
+    @property
+    def num_runs(self) -> int:
+        count = 1
+        for axis in self.axes:
+            count *= axis.size
+        return count
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_runs * self.run
+
+
+@lru_cache(maxsize=4096)
+def form_of(sizes: tuple[int, ...], src: tuple[int, ...], dst: tuple[int, ...], item: int) -> Form:
+    """The form with the fewest axes of a box of `sizes` elements, with strides in bytes at both ends."""
+    axes = [Axis(*axis) for axis in zip(sizes, src, dst, strict=True) if axis[0] != 1]
+    merged: list[Axis] = []
+    for axis in sorted(axes, key=lambda a: (-a.dst, -a.src)):
+        outer = merged[-1] if merged else None
+        if outer and outer.src == axis.size * axis.src and outer.dst == axis.size * axis.dst:
+            merged[-1] = Axis(outer.size * axis.size, axis.src, axis.dst)
+        else:
+            merged.append(axis)
+    run = item
+    if merged and merged[-1].src == item and merged[-1].dst == item:
+        run = merged.pop().size * item
+    return Form(tuple(merged), run, item)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where rows of a layout lie: of row i, the address of the first byte and the strides of its axes, in bytes."""
+
+    address: np.ndarray
+    strides: np.ndarray
+
+    @classmethod
+    def of(cls, views: Mapping[int, torch.Tensor], layout: Layout) -> Rows:
+        """Rows without a view keep address 0."""
+        address = np.zeros(len(layout), np.int64)
+        strides = np.zeros(layout.offsets.shape, np.int64)
+        for row, view in views.items():
+            address[row] = view.data_ptr()
+            strides[row, : view.ndim] = [stride * view.element_size() for stride in view.stride()]
+        return cls(address, strides)
+
+    def equals(self, other: Rows) -> bool:
+        return np.array_equal(self.address, other.address) and np.array_equal(self.strides, other.strides)
+
+
+@dataclass(frozen=True, eq=False)
+class Jobs:
+    """Copies from one rank, ready to be moved: of each, both addresses and a form."""
+
+    src: np.ndarray
+    dst: np.ndarray
+    forms: tuple[Form, ...]
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    def grouped(self) -> dict[Form, np.ndarray]:
+        """Form -> numbers of the copies that have it, in order."""
+        groups: dict[Form, list[int]] = {}
+        for number, form in enumerate(self.forms):
+            groups.setdefault(form, []).append(number)
+        return {form: np.array(numbers, np.int64) for form, numbers in groups.items()}
+
+
+def jobs_of(
+    plan: RefitPlan,
+    copies: CopyTable,
+    indices: Sequence[int] | np.ndarray,
+    source: tuple[Layout, Rows],
+    landing: tuple[Layout, Rows],
+) -> Jobs:
+    """Resolve copies `indices` of `copies` to addresses; `source` and `landing` say where the rows of each end are."""
+    chosen = np.asarray(indices, np.int64)
+    src, src_strides = _ends(copies, chosen, copies.src_row[chosen], *source)
+    dst, dst_strides = _ends(copies, chosen, copies.dst_row[chosen], *landing)
+    item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)[copies.tensor[chosen]]
+    columns = (copies.sizes[chosen], src_strides, dst_strides)
+    keys = zip(*(map(tuple, column.tolist()) for column in columns), item.tolist(), strict=True)
+    return Jobs(src, dst, tuple(form_of(*key) for key in keys))
+
+
+def _ends(
+    copies: CopyTable, chosen: np.ndarray, row: np.ndarray, layout: Layout, rows: Rows
+) -> tuple[np.ndarray, np.ndarray]:
+    """Address of the first byte of each chosen copy, and its strides, in as many axes as `copies` has."""
+    ndim = min(layout.offsets.shape[1], copies.offsets.shape[1])  # axes beyond have offset 0 and size 1
+    inner = (copies.offsets[chosen, :ndim] - layout.offsets[row, :ndim]) * rows.strides[row, :ndim]
+    strides = np.zeros((len(chosen), copies.offsets.shape[1]), np.int64)
+    strides[:, :ndim] = rows.strides[row, :ndim]
+    return rows.address[row] + inner.sum(axis=1), strides

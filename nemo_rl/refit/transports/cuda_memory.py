@@ -1,0 +1,148 @@
+"""GPU memory of other processes of the host, mapped through CUDA IPC and read by copy engines.
+
+Handles are those of the driver's allocations behind the caching allocator's tensors, so that processes which see one
+GPU each can use them. Memory that the driver maps by other means (expandable segments, pools of virtual memory) has no
+such handle, and a process that keeps its tensors there is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from cuda.bindings import driver, runtime
+
+from nemo_rl.refit.strided import Jobs
+from nemo_rl.refit.transports.copy_engine import CopyEngine
+
+_NUM_STREAMS = 2  # one copy's start hides behind another's bytes
+_BEACONS: dict[int, tuple[torch.Tensor, bytes]] = {}
+
+
+class CudaMemory:
+    """Reads memory of other GPUs, or of other processes on this one, into tensors of `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: list[torch.cuda.Stream] = []
+        self._open: dict[str, int] = {}
+        self._engine = CopyEngine(device)
+        self.staging_bytes = 0
+
+    def beacon(self) -> str:
+        """Handle and place of a tensor that holds a secret, and the secret."""
+        index = self._device.index or 0
+        if index not in _BEACONS:
+            secret = secrets.token_bytes(16)
+            tensor = torch.frombuffer(bytearray(secret), dtype=torch.uint8).to(self._device)
+            _BEACONS[index] = tensor, secret
+        tensor, secret = _BEACONS[index]
+        try:
+            (window,), where = self.show([tensor])
+        except OSError as error:
+            return json.dumps({"error": str(error)})
+        return json.dumps({"window": window, "offset": int(where[0, 1]), "secret": secret.hex()})
+
+    def probe(self, beacon: str) -> str | None:
+        """Why memory of the process that lit `beacon` cannot be read; None where it can."""
+        said = json.loads(beacon)
+        if "error" in said:
+            return f"it cannot show its memory: {said['error']}"
+        try:
+            pointer = self._map(said["window"])
+            found = torch.zeros(16, dtype=torch.uint8, device=self._device)
+            self._engine.copy(found.data_ptr(), pointer + said["offset"], 16, torch.cuda.current_stream(self._device))
+            got = bytes(found.cpu().tolist())
+        except OSError as error:
+            return f"its memory cannot be mapped: {error}"
+        finally:
+            self.close()
+        return None if got.hex() == said["secret"] else "its memory reads differently here"
+
+    def fence(self) -> None:
+        """Wait for all that this process started on the device."""
+        torch.cuda.synchronize(self._device)
+
+    def show(self, views: Sequence[torch.Tensor]) -> tuple[list[str], np.ndarray]:
+        """One window for each allocation of the driver. Raises OSError where memory has no handle."""
+        windows: dict[int, int] = {}
+        handles: list[str] = []
+        where = np.zeros((len(views), 2), np.int64)
+        with torch.cuda.device(self._device):
+            for number, view in enumerate(views):
+                base = int(_ask(driver.cuMemGetAddressRange(view.data_ptr()), "finding an allocation")[0])
+                if base not in windows:
+                    windows[base] = len(handles)
+                    handle = _ask(runtime.cudaIpcGetMemHandle(base), "exporting memory (expandable segments are not)")
+                    handles.append(bytes(handle[0].reserved).hex())
+                where[number] = windows[base], view.data_ptr() - base
+        return handles, where
+
+    def open(self, windows: Sequence[str]) -> tuple[int, np.ndarray]:
+        """Map `windows`. Raises OSError where one cannot be."""
+        return 0, np.array([self._map(window) for window in windows], np.int64)
+
+    def own(self) -> int:
+        """Addresses alone say where to read."""
+        return 0
+
+    def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
+        """What starts `jobs` after all that the current stream was given, and before what it is given next."""
+        parts = self._engine.prepare(jobs, _NUM_STREAMS)
+
+        def start() -> None:
+            current = torch.cuda.current_stream(self._device)
+            for stream, part in zip(self._side_streams(), parts, strict=True):
+                stream.wait_stream(current)
+                part(stream)
+                current.wait_stream(stream)
+
+        return start
+
+    def wait(self, end: float) -> None:
+        """Until the current stream is done. Raises TimeoutError, OSError."""
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        pause = 20e-6
+        try:
+            while not done.query():
+                if time.monotonic() > end:
+                    raise TimeoutError("copies were not done within the deadline")
+                time.sleep(pause)
+                pause = min(2 * pause, 1e-3)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        """Unmap all windows; idempotent."""
+        while self._open:
+            _, pointer = self._open.popitem()
+            with torch.cuda.device(self._device):
+                runtime.cudaIpcCloseMemHandle(pointer)
+
+    def _side_streams(self) -> list[torch.cuda.Stream]:
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(self._device) for _ in range(_NUM_STREAMS)]
+        return self._streams
+
+    def _map(self, window: str) -> int:
+        if window not in self._open:
+            handle = runtime.cudaIpcMemHandle_t()
+            handle.reserved = bytes.fromhex(window)
+            flag = runtime.cudaIpcMemLazyEnablePeerAccess
+            with torch.cuda.device(self._device):
+                self._open[window] = int(_ask(runtime.cudaIpcOpenMemHandle(handle, flag), "mapping memory")[0])
+        return self._open[window]
+
+
+def _ask(answer: tuple[Any, ...], what: str) -> tuple[Any, ...]:
+    """Results of a CUDA call. Raises OSError where it failed."""
+    error, *values = answer
+    if int(error) != 0:
+        raise OSError(int(error), f"{what}: {error.name}")
+    return tuple(values)

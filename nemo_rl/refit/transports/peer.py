@@ -1,0 +1,260 @@
+"""One-sided refits between processes of one host: generators read trainers' parameters from where they lie.
+
+Trainers show where their rows are (once; again when storage moved), generators map that memory and copy strided boxes
+straight into their own parameters or load-format staging: no message buffers, no work on the trainers. Both sides see
+the fences: a generator starts when its trainers have said that their weights are complete, and a trainer returns when
+all generators that read it have said that they are done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.base import World
+from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.packed import pack, unpack
+from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
+from nemo_rl.refit.plan import CopyTable, Message
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.strided import Jobs, Rows, jobs_of
+from nemo_rl.refit.transports.host_memory import HostMemory
+from nemo_rl.refit.transports.mover import Facts, Setting
+
+
+class Memory(Protocol):
+    """How memory of one kind of device is shown to other processes and read by them.
+
+    Attributes:
+        staging_bytes: the most that reads took beside their destinations.
+    """
+
+    staging_bytes: int
+
+    def beacon(self) -> str:
+        """Where other processes find a piece of this process's memory, and what it says."""
+
+    def probe(self, beacon: str) -> str | None:
+        """Why memory of the process that lit `beacon` cannot be read; None where it can."""
+
+    def fence(self) -> None:
+        """Wait until all that this process wrote is written."""
+
+    def show(self, views: Sequence[torch.Tensor]) -> tuple[list[str], np.ndarray]:
+        """(windows, int64 (n, 2): window and offset of each view's first byte)."""
+
+    def open(self, windows: Sequence[str]) -> tuple[int, np.ndarray]:
+        """(what stands for the process in `prepare`, address here of each window's first byte)."""
+
+    def own(self) -> int:
+        """What stands for this process itself in `prepare`."""
+
+    def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
+        """What starts copying `jobs`, as often as wanted; it raises OSError where the memory is gone."""
+
+    def wait(self, end: float) -> None:
+        """Until all reads are done. Raises TimeoutError at `end` (monotonic), OSError where one failed."""
+
+    def close(self) -> None:
+        """Unmap; idempotent."""
+
+
+def memory_of(device: torch.device) -> Memory:
+    if device.type == "cpu":
+        return HostMemory()
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory  # its bindings come with CUDA builds of torch only
+
+    return CudaMemory(device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Messages of one source that are read in one go."""
+
+    messages: Sequence[Message]
+    indices: np.ndarray
+    start: Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """What lands in place, ready to start again while storage stays at both ends."""
+
+    views: Mapping[int, torch.Tensor]
+    rows: Rows
+    opened: Mapping[int, tuple[int, Rows]]
+    batches: Sequence[_Batch]
+
+
+def unsupported(rank: int, world: World, facts: Facts) -> str | None:
+    """Why this rank cannot read or be read: hosts or devices differ, or the system does not permit it."""
+    mine = facts[rank]
+    for other, fact in facts.items():
+        if fact.host != mine.host or not fact.host:
+            return f"rank {other} is on another host"
+        if fact.device != mine.device:
+            return f"rank {other} has its tensors on {fact.device}, this rank on {mine.device}"
+    memory = memory_of(torch.device(mine.device))
+    beacons = {r: facts[r].beacon for r in world.trainers if rank in world.generators and r != rank}
+    return next((f"{world.describe(r)}: {text}" for r, b in beacons.items() if (text := memory.probe(b))), None)
+
+
+class Peer:
+    """The mover of one rank; see the module."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting, self._plan, self._rank = setting, setting.plan, setting.rank
+        self._control, self._world = setting.control, setting.plan.world
+        self._memory = memory_of(setting.device)
+        copies = setting.plan.bulk
+        far = copies.src_rank != copies.dst_rank
+        self._sources = np.unique(copies.src_rank[far & (copies.dst_rank == self._rank)]).tolist()
+        self._readers = np.unique(copies.dst_rank[far & (copies.src_rank == self._rank)]).tolist()
+        self._used = np.unique(copies.src_row[copies.src_rank == self._rank]).tolist()
+        self._shown: Rows | None = None
+        self._opened: dict[int, tuple[int, Rows]] = {}
+        self._parts: tuple[list[list[Message]], list[Message]] | None = None
+        self._ready: _Ready | None = None
+
+    def run(
+        self,
+        copies: CopyTable,
+        src_view: Callable[[int, Region], torch.Tensor],
+        tracker: Tracker | None,
+        deadline_s: float,
+    ) -> Traffic:
+        """See `Mover.run`. Raises TransferError naming peer, round and parameter."""
+        end = time.monotonic() + deadline_s
+        self._offer(src_view)
+        if tracker is not None:
+            self._take(copies, tracker, end)
+        self._control.exchange("transfer", dict.fromkeys(self._sources, b""), self._readers)
+        sent, received = copies.wire_bytes(self._rank)
+        return Traffic(sent, received, self._memory.staging_bytes)
+
+    def close(self) -> None:
+        self._opened.clear()
+        self._ready = None
+        self._memory.close()
+
+    # ---- the trainer's side
+
+    def _offer(self, src_view: Callable[[int, Region], torch.Tensor]) -> None:
+        """Tell readers that the weights stand, and where, if that is new; open what the sources say."""
+        payload = b""
+        if self._used:
+            payload = self._show(src_view)
+            self._memory.fence()
+        said = self._control.exchange("transfer", dict.fromkeys(self._readers, payload), self._sources)
+        for rank, told in said.items():
+            if told:
+                self._opened[rank] = self._open(rank, told)
+
+    def _show(self, src_view: Callable[[int, Region], torch.Tensor]) -> bytes:
+        """Where the rows that others read are; nothing where they are what was shown before."""
+        layout = self._setting.sources[self._rank]
+        views = {row: src_view(row, layout.region(row)) for row in self._used}
+        rows, shown = Rows.of(views, layout), self._shown
+        if shown is not None and rows.equals(shown):
+            return b""
+        self._shown = rows
+        self._opened[self._rank] = self._memory.own(), rows
+        windows, where = self._memory.show(list(views.values()))
+        return pack(windows, {"row": np.array(self._used, np.int64), "where": where, "strides": rows.strides})
+
+    def _open(self, rank: int, told: bytes) -> tuple[int, Rows]:
+        windows, arrays = unpack(told)
+        try:
+            peer, bases = self._memory.open(windows)
+        except OSError as error:
+            raise self._failed(f"opening the memory of {self._world.describe(rank)}: {error}", rank) from error
+        address = np.zeros(len(self._setting.sources[rank]), np.int64)
+        address[arrays["row"]] = bases[arrays["where"][:, 0]] + arrays["where"][:, 1]
+        return peer, Rows(address, arrays["strides"])
+
+    # ---- the generator's side
+
+    def _take(self, copies: CopyTable, tracker: Tracker, end: float) -> None:
+        self._memory.fence()
+        in_place, staged = self._parts or self._split(copies, tracker)
+        self._parts = in_place, staged
+        if in_place:
+            self._ready = self._prepare_in_place(copies, in_place, tracker)
+            for batch in self._ready.batches:
+                self._start(copies, batch, tracker)
+        for message in staged:
+            units = np.unique(tracker.layout.unit[copies.dst_row[message.lo : message.hi]]).tolist()
+            views = {row: view for unit in units for row, view in tracker.rows(unit).items()}
+            self._start(copies, self._batch(copies, [message], tracker, Rows.of(views, tracker.layout)), tracker)
+        try:
+            self._memory.wait(end)
+        except (OSError, TimeoutError) as error:
+            names = ", ".join(map(self._world.describe, self._sources))
+            raise self._failed(f"reading from {names}: {error}", *self._sources) from error
+
+    def _split(self, copies: CopyTable, tracker: Tracker) -> tuple[list[list[Message]], list[Message]]:
+        """Messages that land here: groups whose bytes land in place, in any order, and the others, in plan order."""
+        parts: tuple[list[Message], list[Message]] = [], []
+        for message in copies.messages_of(self._rank):
+            if message.dst_rank == self._rank:
+                units = tracker.layout.unit[copies.dst_row[message.lo : message.hi]]
+                parts[int((units != IN_PLACE).any())].append(message)
+        return by_pairing(copies, parts[0]), parts[1]
+
+    def _prepare_in_place(self, copies: CopyTable, groups: Sequence[list[Message]], tracker: Tracker) -> _Ready:
+        views, ready = tracker.rows(IN_PLACE), self._ready
+        same = ready is not None and ready.opened == self._opened
+        if same and ready is not None and ready.views is views:
+            return ready
+        rows = Rows.of(views, tracker.layout)
+        if same and ready is not None and rows.equals(ready.rows):
+            return ready
+        batches = [self._batch(copies, messages, tracker, rows) for messages in groups]
+        return _Ready(views, rows, dict(self._opened), batches)
+
+    def _batch(self, copies: CopyTable, messages: Sequence[Message], tracker: Tracker, rows: Rows) -> _Batch:
+        src = messages[0].src_rank
+        peer, there = self._opened[src]
+        indices = np.concatenate([np.arange(m.lo, m.hi) for m in messages])
+        ends = (self._setting.sources[src], there), (tracker.layout, rows)
+        return _Batch(messages, indices, self._memory.prepare(peer, jobs_of(self._plan, copies, indices, *ends)))
+
+    def _start(self, copies: CopyTable, batch: _Batch, tracker: Tracker) -> None:
+        try:
+            batch.start()
+        except OSError as error:
+            message = batch.messages[0]
+            first, name = self._plan.copy(copies, message.lo), self._world.describe(message.src_rank)
+            text = (
+                f"reading from {name} in round {message.round} ({len(batch.indices)} copies, "
+                f"{sum(m.num_bytes for m in batch.messages)} bytes, first {first.fqn} {first.region}): {error}"
+            )
+            raise self._failed(text, message.src_rank) from error
+        tracker.landed(batch.indices)
+
+    def _failed(self, text: str, *peers: int) -> TransferError:
+        names = ", ".join(map(self._world.describe, peers))
+        return TransferError(
+            text, rank=self._rank, phase="transfer", remedy=f"check whether {names} is alive; remake the session"
+        )
+
+
+def by_pairing(copies: CopyTable, messages: Sequence[Message]) -> list[list[Message]]:
+    """Messages of one receiver, those of one source in rounds that pair all ranks alike together.
+
+    Receivers change their source as seldom as the rounds allow, and at the same time.
+    """
+    rounds: dict[int, list[tuple[int, int]]] = {}
+    for number, src, dst in copies.messages[:, :3].tolist():
+        rounds.setdefault(number, []).append((src, dst))
+    pairing: Mapping[int, tuple[tuple[int, int], ...]] = {n: tuple(sorted(pairs)) for n, pairs in rounds.items()}
+    groups: dict[tuple[int, tuple[tuple[int, int], ...]], list[Message]] = {}
+    order = {pairs: i for i, pairs in enumerate(dict.fromkeys(pairing[n] for n in sorted(pairing)))}
+    for message in sorted(messages, key=lambda m: (order[pairing[m.round]], m.index)):
+        groups.setdefault((message.src_rank, pairing[message.round]), []).append(message)
+    return list(groups.values())

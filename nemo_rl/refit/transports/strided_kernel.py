@@ -1,0 +1,99 @@
+"""Strided boxes by one kernel launch for each item size: for rows so short that copy engines move them slowly.
+
+A box is cut into planes of rows and columns, one for each index of its other axes, and planes into tiles of a program
+each. Addresses may be those of another GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from nemo_rl.refit.strided import Axis, Form, Jobs
+
+_ROWS, _COLS = 16, 256  # of a tile
+_NUM_FIELDS = 8  # of a plane
+
+
+class StridedBatch:
+    """Copies `numbers` of `jobs`, as often as wanted; tables are made once and lie on `device`."""
+
+    def __init__(self, jobs: Jobs, numbers: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        planes: dict[int, list[tuple[int, ...]]] = {}
+        for i in numbers:
+            src, dst, form = int(jobs.src[i]), int(jobs.dst[i]), jobs.forms[i]
+            item = widest_item(src, dst, form)
+            planes.setdefault(item, []).extend(_planes(src, dst, form, item))
+        self._tables = {item: self._upload(np.array(rows, np.int64)) for item, rows in planes.items()}
+
+    def _upload(self, planes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes)).to(self._device)
+
+    def launch(self) -> None:
+        """Start on the current stream."""
+        with torch.cuda.device(self._device):
+            for item, (planes, tiles) in self._tables.items():
+                _copy_tiles[(len(tiles),)](planes, tiles, item, _ROWS, _COLS, _NUM_FIELDS)
+
+
+def widest_item(src: int, dst: int, form: Form) -> int:
+    """The widest of 8, 4, 2, 1 bytes that divides addresses, strides and runs."""
+    numbers = [src, dst, form.run, *(step for axis in form.axes for step in (axis.src, axis.dst))]
+    return next(item for item in (8, 4, 2, 1) if all(n % item == 0 for n in numbers))
+
+
+def _planes(src: int, dst: int, form: Form, item: int) -> Iterator[tuple[int, ...]]:
+    """(src, dst, rows, src stride, dst stride, columns, src stride, dst stride), strides in items."""
+    axes = [*form.axes, Axis(form.run // item, item, item)]
+    col = min((a for a in axes if a.size > 1), key=lambda a: (a.dst, a.src), default=axes[-1])
+    rest = [a for a in axes if a is not col]
+    row = max(rest, key=lambda a: a.size, default=Axis(1, 0, 0))
+    outer = [a for a in rest if a is not row]
+    strides = (row.size, row.src // item, row.dst // item, col.size, col.src // item, col.dst // item)
+    for index in itertools.product(*(range(a.size) for a in outer)):
+        there = src + sum(i * a.src for i, a in zip(index, outer, strict=True))
+        here = dst + sum(i * a.dst for i, a in zip(index, outer, strict=True))
+        yield (there, here, *strides)
+
+
+def _tiles(planes: np.ndarray) -> np.ndarray:
+    """int32 (n, 3): plane, first row, first column of every tile."""
+    down, across = -(-planes[:, 2] // _ROWS), -(-planes[:, 5] // _COLS)
+    count = down * across
+    plane = np.repeat(np.arange(len(planes)), count)
+    step = np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)
+    row, col = step // across[plane] * _ROWS, step % across[plane] * _COLS
+    return np.stack([plane, row, col], axis=1).astype(np.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_tiles(
+    planes: Any, tiles: Any, ITEM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, FIELDS: tl.constexpr
+) -> None:
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    plane = planes + tl.load(tile).to(tl.int64) * FIELDS
+    rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, ROWS)
+    cols = tl.load(tile + 2).to(tl.int64) + tl.arange(0, COLS)
+    inside = (rows < tl.load(plane + 2))[:, None] & (cols < tl.load(plane + 5))[None, :]
+    there = rows[:, None] * tl.load(plane + 3) + cols[None, :] * tl.load(plane + 6)
+    here = rows[:, None] * tl.load(plane + 4) + cols[None, :] * tl.load(plane + 7)
+    src, dst = tl.load(plane), tl.load(plane + 1)
+    if ITEM == 1:
+        bits8 = tl.load(src.to(tl.pointer_type(tl.uint8)) + there, mask=inside)
+        tl.store(dst.to(tl.pointer_type(tl.uint8)) + here, bits8, mask=inside)
+    elif ITEM == 2:
+        bits16 = tl.load(src.to(tl.pointer_type(tl.int16)) + there, mask=inside)
+        tl.store(dst.to(tl.pointer_type(tl.int16)) + here, bits16, mask=inside)
+    elif ITEM == 4:
+        bits32 = tl.load(src.to(tl.pointer_type(tl.int32)) + there, mask=inside)
+        tl.store(dst.to(tl.pointer_type(tl.int32)) + here, bits32, mask=inside)
+    else:
+        bits64 = tl.load(src.to(tl.pointer_type(tl.int64)) + there, mask=inside)
+        tl.store(dst.to(tl.pointer_type(tl.int64)) + here, bits64, mask=inside)

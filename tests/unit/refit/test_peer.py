@@ -1,0 +1,152 @@
+"""The `peer` transport without GPUs: forms of strided boxes, memory of other processes, and who may use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_rl.refit.base import RefitOptions, World
+from nemo_rl.refit.errors import TransferError, VerificationError
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.strided import Axis, Form, Jobs, form_of
+from nemo_rl.refit.transports import host_memory, peer
+from nemo_rl.refit.transports.host_memory import HostMemory
+from nemo_rl.refit.transports.mover import Fact
+
+from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
+
+
+def random_view(rng, shape, dtype, generator):
+    """A view of `shape` with permuted axes and gaps, and the storage it lies in."""
+    order = rng.sample(range(len(shape)), len(shape))
+    padded = [shape[a] + rng.choice((0, 0, 3)) for a in order]
+    whole = random_bytes(tuple(padded), dtype, generator)
+    cut = whole[tuple(slice(0, shape[a]) for a in order)]
+    return cut.permute([order.index(a) for a in range(len(shape))]), whole
+
+
+def form_between(src, dst):
+    item = src.element_size()
+    return form_of(tuple(src.shape), *(tuple(s * item for s in t.stride()) for t in (src, dst)), item)
+
+
+def test_forms_merge_what_is_contiguous():
+    a, b = torch.empty(6, 4, 8), torch.empty(6, 4, 8)
+    assert form_between(a, b) == Form((), 6 * 4 * 8 * 4, 4)
+    assert form_between(a[:, 1:3], b[:, 2:]) == Form((Axis(6, 128, 128),), 64, 4)
+    assert form_between(a[:, :, :4], b[:, :, :4]) == Form((Axis(24, 32, 32),), 16, 4)
+    assert form_between(a.transpose(0, 1), b.transpose(0, 1)) == Form((), 6 * 4 * 8 * 4, 4), "order is memory's"
+    assert form_between(a[0, 0, :1], b[0, 0, :1]) == Form((), 4, 4)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_box_is_read_into_any_other(seed, monkeypatch):
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    monkeypatch.setattr(host_memory, "_SCRATCH", 64)
+    monkeypatch.setattr(host_memory, "_MAX_PIECES", rng.choice((3, 1024)))
+    monkeypatch.setattr(host_memory, "_LONG", rng.choice((1, 16, 4096)))
+    dtype = rng.choice((torch.uint8, torch.bfloat16, torch.float32, torch.int64))
+    shape = [rng.choice((1, 2, 5, 7)) for _ in range(rng.randint(0, 4))]
+    (src, _), (dst, whole) = (random_view(rng, shape, dtype, generator) for _ in range(2))
+    expected = whole.clone()
+    expected.as_strided(dst.shape, dst.stride()).copy_(src)
+    jobs = Jobs(np.array([src.data_ptr()]), np.array([dst.data_ptr()]), (form_between(src, dst),))
+    HostMemory().prepare(os.getpid(), jobs)()
+    assert same_bytes(whole, expected), "every byte of the box and none beside it"
+
+
+def test_a_read_that_the_kernel_cuts_short_goes_on(monkeypatch):
+    inner = host_memory._readv
+
+    def short(pid, here, count, there, many, flags):
+        first = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_int64 * 2).from_address(there)).copy()
+        return inner(pid, here, count, np.array([[first[0], min(first[1], 5)]]).ctypes.data, 1, flags)
+
+    monkeypatch.setattr(host_memory, "_readv", short)
+    src, dst = torch.arange(40, dtype=torch.uint8).view(4, 10), torch.zeros(4, 10, dtype=torch.uint8)
+    host_memory._read(
+        os.getpid(),
+        np.array([[src.data_ptr(), 13], [src.data_ptr() + 20, 20]]),
+        np.array([[dst.data_ptr(), 20], [dst.data_ptr() + 20, 13]]),
+    )
+    assert dst.view(-1)[:33].tolist() == [*range(13), *range(20, 40)]
+
+
+def test_a_process_that_ended_or_hides_its_memory():
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    memory, gone = HostMemory(), int(child.stdout)
+    pid, address, secret = json.loads(memory.beacon())
+    assert memory.probe(memory.beacon()) is None
+    assert "cannot be read: No such process" in memory.probe(json.dumps([gone, address, secret]))
+    assert "is another one" in memory.probe(json.dumps([pid, address, "00" * 16]))
+    assert "cannot be read: Bad address" in memory.probe(json.dumps([pid, 8, secret]))
+
+
+def test_who_may_use_it():
+    world = World.of(1, 1)
+    here = Fact("a", "cpu", False, HostMemory().beacon())
+    assert peer.unsupported(1, world, {0: here, 1: here}) is None
+    for other, text in (
+        (Fact("b", "cpu", False, ""), "another host"),
+        (Fact("a", "cuda", False, ""), "on cuda, this rank on cpu"),
+        (Fact("a", "cpu", False, json.dumps([os.getpid(), 8, "00"])), "cannot be read"),
+    ):
+        assert text in peer.unsupported(1, world, {0: other, 1: here})
+
+
+def small_world(**options):
+    table = make_table({"a": ((8, 6), torch.float32), "b": ((5,), torch.bfloat16), "c": ((4, 4, 3), torch.uint8)})
+    generator = torch.Generator().manual_seed(3)
+    full = {f: random_bytes(m.shape, m.dtype, generator) for f, m in table.items()}
+    rows = [(f, Region.whole(m.shape)) for f, m in table.items()]
+    source, landing = PlainSource.of(full, table, rows), PlainLanding(rows, [-1, 0, 1])
+    given = RefitOptions(transport="peer", deadline_s=5, **options)
+    return SimulatedWorld([source], [landing], given), source, landing, full
+
+
+def test_storage_that_moved_is_shown_again():
+    sim, source, landing, full = small_world()
+    raise_any(sim.start())
+    raise_any(sim.refit(0))
+    shown = sim.sessions[1]._agreed.mover._opened[0]
+    raise_any(sim.refit(1))
+    assert sim.sessions[1]._agreed.mover._opened[0] is shown, "told once while storage stays"
+    other = PlainSource.of({f: t.flip(0) for f, t in full.items()}, source.whole, landing.rows)
+    old, source.held = source.held, other.held
+    raise_any(sim.refit(2))
+    assert all(same_bytes(t, full[f].flip(0)) for (f, _), t in zip(landing.rows, landing.storage, strict=True)), old
+
+
+def test_bytes_that_change_on_the_way_are_caught():
+    sim, _, landing, _ = small_world()
+    raise_any(sim.start())
+    memory = sim.sessions[1]._agreed.mover._memory
+    inner = memory._read_all
+
+    def damaged(pid, jobs):
+        inner(pid, jobs)
+        if 0 in landing.staged:
+            landing.staged[0][1].view(torch.uint8)[3] ^= 1
+
+    memory._read_all = damaged
+    results = sim.refit(0)
+    assert isinstance(results[1], VerificationError) and "b [0:5]" in str(results[1])
+    assert landing.version == -1 and landing.rejected
+
+
+def test_a_trainer_that_cannot_be_read_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(HostMemory, "probe", lambda self, beacon: "no permission")
+    sim, *_ = small_world()
+    for result in sim.all(lambda s: s.connect()).values():
+        assert isinstance(result, TransferError)
+        assert "transport 'peer' is not possible (generator 0 (rank 1): trainer 0 (rank 0): no permission)" in str(
+            result
+        )
