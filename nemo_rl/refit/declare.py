@@ -90,24 +90,25 @@ def statement(plan: RefitPlan, transport: str, options: RefitOptions) -> dict[st
 
 
 def agree(control: Control, mine: Mapping[str, Any]) -> None:
-    """All ranks say the same, or nobody enters a transfer.
+    """All ranks that say something of an item say the same, or nobody enters a transfer.
 
     Raises:
-        AgreementError: naming every rank and item that differs from rank 0's.
+        AgreementError: naming every rank and item that differs from what the first trainer says.
     """
+    world, first = control.world, control.world.trainers[0]
     said = {r: json.loads(b) for r, b in control.gather("agree", json.dumps(mine).encode()).items()}
     differ = [
-        f"{control.world.describe(r)} has {key} {other.get(key)}, {control.world.describe(0)} has {said[0].get(key)}"
+        f"{world.describe(r)} has {item} {value}, {world.describe(first)} has {said[first].get(item)}"
         for r, other in said.items()
-        for key in sorted(set(other) | set(said[0]))
-        if other.get(key) != said[0].get(key)
+        for item, value in sorted(other.items())
+        if value != said[first].get(item)
     ]
     if differ:
         raise AgreementError(
             "; ".join(differ),
             rank=control.rank,
             phase="agree",
-            remedy="start all ranks from the same configuration, model and code",
+            remedy="start all ranks from the same configuration, model and code, and have all do the same steps",
         )
 
 

@@ -16,15 +16,7 @@ from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, 
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
 from nemo_rl.refit.digest import Ledger
-from nemo_rl.refit.errors import (
-    AgreementError,
-    PlanError,
-    PoisonedError,
-    RefitError,
-    TransferError,
-    VerificationError,
-    named_error,
-)
+from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
@@ -104,7 +96,6 @@ class RefitSession:
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
         self._data_s = 0.9 * options.deadline_s
         self._touched = False
-        self._phase = "connect"
         self._phase_s: dict[str, float] = {}
         self._control: Control | None = None
         self._link_or_none: _Link | None = None
@@ -192,14 +183,18 @@ class RefitSession:
 
     # ---- transfer, verify, commit
 
-    def refit(self, version: int) -> RefitReport:
+    def refit(self, version: int, num_steps: int | None = None) -> RefitReport:
         """Move the trainers' weights into the generators and commit them as `version`.
+
+        Args:
+            version: above the committed one.
+            num_steps: on a trainer that counts them, the optimizer steps that made its weights; equal on all trainers.
 
         Versions only grow. On success every generator serves `version`. On any error the session is poisoned, and no
         generator serves `version`: one that was not touched yet serves on, a touched one refuses.
 
         Raises:
-            AgreementError: ranks disagree on version or plan.
+            AgreementError: ranks disagree on version, plan or steps.
             TransferError: a peer died or a deadline passed; rank, phase, round, peer and parameter.
             VerificationError: bytes differ; parameter, region and both ranks.
         """
@@ -207,7 +202,8 @@ class RefitSession:
         self._phase_s = {}
         with self._guarded("agree"):
             self._check_version(version)
-            agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version})
+            steps = {} if num_steps is None else {"optimizer steps": num_steps}
+            agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version, **steps})
         with self._guarded("digest"):
             held = self._look()
         with self._guarded("begin"):
@@ -219,7 +215,9 @@ class RefitSession:
         with self._guarded("verify"):
             if tracker is not None:
                 tracker.digest_in_place()
-            self._verify(held, Ledger(0) if tracker is None else tracker.ledger, whole)
+            if self._agreed.verifier is not None:
+                bulk_ledger = Ledger(0) if tracker is None else tracker.ledger
+                self._agreed.verifier.check(self._link.control, self._holdings, held, bulk_ledger, whole)
         with self._guarded("commit"):
             self._commit(version)
         return RefitReport(
@@ -322,23 +320,6 @@ class RefitSession:
         traffic.staging_bytes += sink.staging_bytes
         return traffic, Ledger(0)
 
-    def _verify(self, held: np.ndarray | None, bulk: Ledger, whole: Ledger) -> None:
-        """Compare what trainers held at the start with what they hold and with what landed, piece by piece."""
-        verifier = self._agreed.verifier
-        if verifier is None:
-            return
-        said = self._link.control.exchange("verify", {} if held is None else verifier.statements(held), verifier.peers)
-        wrong = [] if held is None else verifier.changes(held, verifier.look(self._holdings))
-        wrong += verifier.differences(said, held, bulk, whole)
-        if wrong:
-            shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-            raise VerificationError(
-                f"{len(wrong)} pieces differ: {shown}",
-                rank=self.rank,
-                phase="verify",
-                remedy="the version was not committed; find what wrote these bytes, then remake the session and refit",
-            )
-
     def _commit(self, version: int) -> None:
         """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""
         if self._landing is not None:
@@ -370,7 +351,7 @@ class RefitSession:
             raise PoisonedError(
                 f"the session failed before: {self._failure}", rank=self.rank, phase=phase, remedy="remake the session"
             ) from self._failure
-        self._phase, started = phase, time.monotonic()
+        started = time.monotonic()
         try:
             yield
         except RefitError as error:

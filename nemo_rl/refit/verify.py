@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_rl.refit.boxes import Boxes, overlaps
+from nemo_rl.refit.control import Control
 from nemo_rl.refit.digest import Ledger, Piece, Pieces
+from nemo_rl.refit.errors import VerificationError
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
@@ -115,6 +117,26 @@ class Verifier:
         ledger = Ledger(len(self._pieces))
         self._digests.take({row: holdings[row].view for row, _ in self._pieces}, ledger)
         return ledger.read()
+
+    def check(
+        self, control: Control, holdings: Sequence[Holding], held: np.ndarray | None, bulk: Ledger, misc: Ledger
+    ) -> None:
+        """Exchange statements and compare; every rank calls it after the transfer, with arguments as `differences`.
+
+        Raises:
+            VerificationError: what changed in this rank's source or differs on this rank.
+        """
+        said = control.exchange("verify", {} if held is None else self.statements(held), self.peers)
+        wrong = [] if held is None else self.changes(held, self.look(holdings))
+        wrong += self.differences(said, held, bulk, misc)
+        if wrong:
+            shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+            raise VerificationError(
+                f"{len(wrong)} pieces differ: {shown}",
+                rank=self._rank,
+                phase="verify",
+                remedy="the version was not committed; find what wrote these bytes, then remake the session and refit",
+            )
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> list[str]:
         """Pieces of this rank's source that are not what they were when the refit began."""

@@ -76,7 +76,7 @@ class TrainerActor:
 
     def refit(self, version: int) -> RefitReport:
         """Move the weights as `version`. Raises RefitError."""
-        return self._connected.refit(version)
+        return self._connected.refit(version, self._ready.num_steps)
 
     def refit_close(self) -> None:
         """Leave the refit world; idempotent."""

@@ -87,7 +87,7 @@ class MegatronPolicy:
     """
 
     def __init__(self, config: TrainerConfig, rank: int, init_method: str) -> None:
-        self.config, self.rank, self._stepped = config, rank, False
+        self.config, self.rank, self.num_steps = config, rank, 0
         self._dtype = PRECISIONS[config.precision]
         hf_config = read_config(config.model_path)
         problems = check_parallel(hf_config, config.parallel)
@@ -265,10 +265,10 @@ class MegatronPolicy:
             self._optimizer.zero_grad()
             self._run(input_ids, batches, part, temperature, forward_only=False)
             self._check_gradients()
-            self._stepped = True
             updated, grad_norm, _ = self._optimizer.step()
         if not updated:
             raise RuntimeError(f"trainer rank {self.rank}: Megatron's optimizer skipped the step (norm {grad_norm})")
+        self.num_steps += 1
         return {**self._sum_over_ranks(parts), "grad_norm": float(grad_norm or 0.0)}
 
     def supervised_step(
@@ -358,7 +358,7 @@ class MegatronPolicy:
 
     def weight_problems(self) -> list[str]:
         """Boxes of this rank that are not the checkpoint's; nothing once a step was made."""
-        return [] if self._stepped else checkpoint.differences(self._read_holdings(), self.config.model_path)
+        return [] if self.num_steps else checkpoint.differences(self._read_holdings(), self.config.model_path)
 
     def export(self, folder: str) -> None:
         """Write the whole model as a Hugging Face checkpoint, with the configuration and tokenizer it came with.

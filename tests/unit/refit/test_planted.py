@@ -586,6 +586,17 @@ def test_a_source_that_changes_during_the_refit(sent, changed):
     caught(results, landings, VerificationError, *texts)
 
 
+def test_a_trainer_that_missed_a_step():
+    """A pipeline stage that lags: no other rank holds what it holds, only its count tells."""
+    sim, _, landings, _ = two_by_two()
+    raise_any(sim.start())
+    raise_any(sim.all(lambda s: s.refit(1, {0: 4, 1: 4}.get(s.rank))))
+    results = sim.all(lambda s: s.refit(2, {0: 5, 1: 4}.get(s.rank)))
+    assert all("trainer 1 (rank 1) has optimizer steps 4, trainer 0 (rank 0) has 5" in str(r) for r in results.values())
+    assert all(isinstance(r, AgreementError) for r in results.values())
+    assert all(landing.version == 1 and landing.serve() for landing in landings), "untouched, they serve on"
+
+
 # ---- versions, hooks and the checker
 
 
