@@ -1,6 +1,6 @@
 """What every rank of a vLLM engine takes, without an engine: the counterpart of `nemo_rl.trainer.simulated`.
 
-Each distinct rank's own loader is traced on a storage-less twin. A model that repeats its layers is traced whole on one
+Each rank's own loader is traced on a storage-less twin. A model that repeats its layers is traced whole on one
 rank, and on its first layers of each kind on the others; the whole trace must equal the unfolded one, or all ranks are
 traced whole.
 
@@ -73,7 +73,7 @@ class SimulatedGenerator:
     """Every rank of one engine.
 
     Attributes:
-        declarations: by rank of the engine; ranks that take the same share the value.
+        declarations: by rank of the engine.
         how: what was traced, in a sentence.
     """
 
@@ -81,35 +81,42 @@ class SimulatedGenerator:
     how: str
 
 
-def role_of(spec: EngineSpec, rank: int) -> int:
-    """The first rank of the engine that takes what `rank` takes: replicas differ in nothing but experts."""
-    return rank if spec.expert_parallel else rank % (spec.pp * spec.tp)
-
-
 def simulate(spec: EngineSpec, table: TensorTable) -> SimulatedGenerator:
     """All ranks of an engine, traced in this process, which must have no default process group and `PREFLIGHT_ENV`."""
-    return _declared(spec, table, *trace_roles(spec, table))
+    return _declared(table, *trace_ranks(spec, table))
 
 
-def trace_roles(spec: EngineSpec, table: TensorTable) -> tuple[dict[int, RankTrace], str]:
-    """Role -> what it takes, and how that was found out."""
-    roles = sorted({role_of(spec, rank) for rank in range(spec.num_ranks)})
-    folded = _fold(spec, table) if len(roles) > 1 else None
-    last = RankTrace.of(trace_rank(spec, roles[-1], table), table)
-    made, how = {roles[-1]: last}, f"traced {len(roles)} ranks whole"
-    if folded is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(folded.config))
-            short = dataclasses.replace(spec, model_path=folder)
-            if _unfolded(short, roles[-1], folded, table).same(last):
-                made |= {role: _unfolded(short, role, folded, table) for role in roles[:-1]}
-                kept, total = folded.config["num_hidden_layers"], _config(spec)["num_hidden_layers"]
-                how = (
-                    f"traced rank {roles[-1]} whole, and {len(roles)} ranks on the first {kept} of {total} layers, "
-                    f"which repeat; on rank {roles[-1]} both agree"
-                )
-    rest = [role for role in roles if role not in made]
-    return made | {role: RankTrace.of(trace_rank(spec, role, table), table) for role in rest}, how
+def trace_ranks(spec: EngineSpec, table: TensorTable) -> tuple[dict[int, RankTrace], str]:
+    """Rank -> what it takes, and how that was found out."""
+    last = spec.num_ranks - 1
+    folded = _fold(spec, table) if last else None
+    whole = RankTrace.of(trace_rank(spec, last, table), table)
+    short = {} if folded is None else _trace_short(spec, folded, table, whole)
+    if folded is not None and short:
+        kept, total = folded.config["num_hidden_layers"], _config(spec)["num_hidden_layers"]
+        return {**short, last: whole}, (
+            f"traced rank {last} whole, and {len(short)} ranks on the first {kept} of {total} layers, which repeat; on "
+            f"rank {last} both agree"
+        )
+    rest = {rank: RankTrace.of(trace_rank(spec, rank, table), table) for rank in range(last)}
+    return {**rest, last: whole}, f"traced {spec.num_ranks} ranks whole"
+
+
+def _trace_short(spec: EngineSpec, folded: Fold, table: TensorTable, whole: RankTrace) -> dict[int, RankTrace]:
+    """Every rank's trace of the short model, unfolded; nothing where that of the last rank is not `whole`."""
+    index = {fqn: i for i, fqn in enumerate(table)}
+    copies = tuple(np.array([index[c] for c in folded.copies[fqn]], np.int64) for fqn in folded.table)
+    made: dict[int, RankTrace] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(folded.config))
+        short = dataclasses.replace(spec, model_path=folder)
+        for rank in reversed(range(spec.num_ranks)):
+            found = RankTrace.of(trace_rank(short, rank, folded.table), folded.table)
+            misc = {c: reason for fqn, reason in found.misc.items() for c in folded.copies[fqn]}
+            made[rank] = RankTrace(found.rows.unfolded(copies), misc, found.problems)
+            if rank == spec.num_ranks - 1 and not made[rank].same(whole):
+                return {}
+    return made
 
 
 def _config(spec: EngineSpec) -> dict[str, object]:
@@ -123,18 +130,9 @@ def _fold(spec: EngineSpec, table: TensorTable) -> Fold | None:
     return None if spec.pp > 1 or spec.draft else fold(_config(spec), table)
 
 
-def _unfolded(short: EngineSpec, role: int, folded: Fold, table: TensorTable) -> RankTrace:
-    traced = RankTrace.of(trace_rank(short, role, folded.table), folded.table)
-    index = {fqn: i for i, fqn in enumerate(table)}
-    copies = tuple(np.array([index[c] for c in folded.copies[fqn]], np.int64) for fqn in folded.table)
-    misc = {c: reason for fqn, reason in traced.misc.items() for c in folded.copies[fqn]}
-    return RankTrace(traced.rows.unfolded(copies), misc, traced.problems)
-
-
-def _declared(spec: EngineSpec, table: TensorTable, made: Mapping[int, RankTrace], how: str) -> SimulatedGenerator:
+def _declared(table: TensorTable, made: Mapping[int, RankTrace], how: str) -> SimulatedGenerator:
     names = list(table)
-    by_role = {role: traced.declaration(table, names) for role, traced in made.items()}
-    return SimulatedGenerator({rank: by_role[role_of(spec, rank)] for rank in range(spec.num_ranks)}, how)
+    return SimulatedGenerator({rank: traced.declaration(table, names) for rank, traced in sorted(made.items())}, how)
 
 
 # ---- in a process of its own
@@ -165,24 +163,24 @@ def simulate_apart(
         if done.returncode:
             tail = " | ".join(done.stderr.strip().splitlines()[-3:])
             raise ValueError(f"vLLM's loader could not be traced (status {done.returncode}): {tail}")
-        return _declared(spec, table, *_read(answer))
+        return _declared(table, *_read(answer))
 
 
 def _read(path: Path) -> tuple[dict[int, RankTrace], str]:
     made = {}
     with np.load(path, allow_pickle=False) as arrays:
         head = json.loads(str(arrays["head"]))
-        for role, (misc, problems) in head["roles"].items():
-            rows = Rows(*(arrays[f"{role}.{name}"] for name in ("tensor", "offsets", "sizes")))
-            made[int(role)] = RankTrace(rows, misc, tuple(problems))
+        for rank, (misc, problems) in head["ranks"].items():
+            rows = Rows(*(arrays[f"{rank}.{name}"] for name in ("tensor", "offsets", "sizes")))
+            made[int(rank)] = RankTrace(rows, misc, tuple(problems))
     return made, head["how"]
 
 
 def _write(path: Path, made: Mapping[int, RankTrace], how: str) -> None:
-    head = {"how": how, "roles": {role: [dict(t.misc), list(t.problems)] for role, t in made.items()}}
+    head = {"how": how, "ranks": {rank: [dict(t.misc), list(t.problems)] for rank, t in made.items()}}
     arrays = {
-        f"{role}.{field.name}": getattr(traced.rows, field.name)
-        for role, traced in made.items()
+        f"{rank}.{field.name}": getattr(traced.rows, field.name)
+        for rank, traced in made.items()
         for field in dataclasses.fields(Rows)
     }
     np.savez(path, head=np.array(json.dumps(head)), **arrays)
@@ -192,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
     """Read the request, trace, write the answer."""
     request = json.loads(Path(arguments[0]).read_text())
     table = {fqn: TensorMeta(tuple(shape), getattr(torch, dtype)) for fqn, shape, dtype in request["table"]}
-    made, how = trace_roles(EngineSpec(**request["spec"]), table)
+    made, how = trace_ranks(EngineSpec(**request["spec"]), table)
     _write(Path(arguments[1]), made, how)
     return 0
 

@@ -176,10 +176,10 @@ TRAINER_KEYS: Mapping[str, str] = {
 GENERATOR_KEYS: Mapping[str, str] = {
     "tp": "tensor parallel size",
     "pp": "pipeline stages",
-    "dp": "data parallel size",
+    "dp": "data parallel size: as many engines, or with ep=1 one engine of dp x tp ranks",
     "ep": "1 for expert parallelism over dp x tp",
     "redundant": "redundant experts (EPLB)",
-    "replicas": "engines",
+    "replicas": "engines beside dp",
 }
 
 
@@ -217,16 +217,17 @@ def _even(num_layers: int, parts: int) -> tuple[int, ...]:
 def parse_generator(text: str, folder: Path, precision: str) -> tuple[EngineSpec, int]:
     """The engine that `GENERATOR_KEYS` describe and the number of its replicas. Raises as `parse_trainer`."""
     n = _numbers(parse_sizes(text, GENERATOR_KEYS), text)
+    spread = bool(n.get("ep", 0))
     spec = EngineSpec(
         str(folder),
         tp=n.get("tp", 1),
         pp=n.get("pp", 1),
-        expert_parallel=bool(n.get("ep", 0)),
-        dp=n.get("dp", 1),
+        expert_parallel=spread,
+        dp=n.get("dp", 1) if spread else 1,
         redundant_experts=n.get("redundant", 0),
         precision=precision,
     )
-    return spec, n.get("replicas", 1)
+    return spec, n.get("replicas", 1) * (1 if spread else n.get("dp", 1))
 
 
 def _numbers(given: Mapping[str, str], text: str) -> dict[str, int]:

@@ -90,11 +90,13 @@ def test_trainers_as_people_write_them(text, want):
 def test_generators_as_people_write_them():
     spec, replicas = build.parse_generator("tp=4,dp=2,ep=1,replicas=3,redundant=8", Path("m"), "bfloat16")
     assert (spec.tp, spec.dp, spec.expert_parallel, spec.redundant_experts, replicas) == (4, 2, True, 8, 3)
+    spec, replicas = build.parse_generator("tp=4,dp=2,replicas=3", Path("m"), "bfloat16")
+    assert (spec.tp, spec.dp, spec.expert_parallel, replicas) == (4, 1, False, 6)
 
 
 def test_every_rank_has_its_place():
     """The coordinates that the drawings show are those that the layouts were made with."""
-    engine, replicas = build.parse_generator("tp=2,pp=2,dp=2,replicas=2", Path("m"), "bfloat16")
+    engine, replicas = build.parse_generator("tp=2,pp=2,dp=2,ep=1,replicas=2", Path("m"), "bfloat16")
     request = build.PlanRequest("m", Path("m"), Parallel(1), engine, replicas)
     at = [build._generator_at(rank, request) for rank in range(16)]
     assert at[0] == {"replica": 0, "dp": 0, "pp": 0, "tp": 0} and at[-1] == {"replica": 1, "dp": 1, "pp": 1, "tp": 1}

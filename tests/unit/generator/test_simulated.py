@@ -5,7 +5,6 @@ The real loaders run in one process of their own, as vLLM keeps state per proces
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from nemo_rl.generator import simulated
 from nemo_rl.generator.fold import Rows, fold
 from nemo_rl.generator.preflight import PREFLIGHT_ENV
 from nemo_rl.generator.ranks import EngineSpec
-from nemo_rl.generator.simulated import RankTrace, role_of, simulate_apart, trace_roles
+from nemo_rl.generator.simulated import RankTrace, simulate_apart, trace_ranks
 from nemo_rl.generator.twin import trace_rank
 from nemo_rl.refit.layout import Layout, TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
@@ -41,7 +40,7 @@ def main(folder: str) -> None:
     said = {}
     for name, sizes in ENGINES.items():
         spec, table = EngineSpec(f"{folder}/{name}", **sizes), checkpoint_table(name)
-        made, how = trace_roles(spec, table)
+        made, how = trace_ranks(spec, table)
         wrong = [r for r, found in made.items() if not found.same(RankTrace.of(trace_rank(spec, r, table), table))]
         rows = {r: len(found.rows.tensor) for r, found in made.items()}
         said[name] = {"how": how, "wrong": wrong, "rows": rows}
@@ -111,7 +110,7 @@ def spec(tmp_path):
 def test_a_fold_that_holds_is_used(monkeypatch, spec):
     trace = planted({})
     monkeypatch.setattr(simulated, "trace_rank", trace)
-    made, how = trace_roles(spec, TABLE)
+    made, how = trace_ranks(spec, TABLE)
     assert "first 1 of 6 layers" in how
     assert all(made[rank].same(RankTrace.of(trace(spec, rank, TABLE), TABLE)) for rank in (0, 1))
 
@@ -121,18 +120,18 @@ def test_a_fold_that_does_not_hold_is_given_up(monkeypatch, spec, fqn):
     """One layer of the rank that is traced whole is not like the others: every rank is traced whole."""
     trace = planted({(1, fqn): "computed"})
     monkeypatch.setattr(simulated, "trace_rank", trace)
-    made, how = trace_roles(spec, TABLE)
+    made, how = trace_ranks(spec, TABLE)
     assert how == "traced 2 ranks whole"
     assert made[1].misc == {fqn: "computed"} and made[0].misc == {}
     assert all(made[rank].same(RankTrace.of(trace(spec, rank, TABLE), TABLE)) for rank in (0, 1))
 
 
-def test_replicas_share_a_declaration(monkeypatch, spec):
+def test_every_rank_has_a_declaration(monkeypatch, spec):
     monkeypatch.setattr(simulated, "trace_rank", planted({}))
-    found = simulated.simulate(dataclasses.replace(spec, dp=2), TABLE).declarations
-    assert sorted(found) == [0, 1, 2, 3] and found[0] is found[2] and found[1] is found[3]
-    for rank in (0, 1):
-        layout = found[rank].layout
+    found = simulated.simulate(spec, TABLE).declarations
+    assert sorted(found) == [0, 1]
+    for rank, declaration in found.items():
+        layout = declaration.layout
         assert layout.names == tuple(name for name in TABLE if not name.endswith("head"))
         assert {layout.region(row) for row in range(len(layout))} == {Region((2 * rank, 0), (2, 8))}
         assert Layout.from_bytes(layout.to_bytes()).digest == layout.digest
@@ -140,7 +139,7 @@ def test_replicas_share_a_declaration(monkeypatch, spec):
 
 def test_answers_survive_the_file(monkeypatch, spec, tmp_path):
     monkeypatch.setattr(simulated, "trace_rank", planted({(1, "embed"): "computed"}))
-    made, how = trace_roles(spec, TABLE)
+    made, how = trace_ranks(spec, TABLE)
     simulated._write(tmp_path / "answer.npz", made, how)
     read, said = simulated._read(tmp_path / "answer.npz")
     assert said == how and sorted(read) == [0, 1] and all(read[rank].same(made[rank]) for rank in read)
@@ -167,13 +166,6 @@ def test_unfolding_repeats_every_row():
     rows = Rows.sorted(np.array([1, 0, 0]), np.array([[0], [2], [0]]), np.array([[4], [2], [2]]))
     out = rows.unfolded((np.array([5, 3]), np.array([], np.int64)))
     assert out.tensor.tolist() == [3, 3, 5, 5] and out.offsets[:, 0].tolist() == [0, 2, 0, 2]
-
-
-def test_ranks_that_take_the_same_share_a_role():
-    spec = EngineSpec("", tp=2, pp=2, dp=2)
-    assert [role_of(spec, rank) for rank in range(8)] == [0, 1, 2, 3] * 2
-    spread = EngineSpec("", tp=2, dp=2, expert_parallel=True)
-    assert [role_of(spread, rank) for rank in range(4)] == [0, 1, 2, 3]
 
 
 if __name__ == "__main__":
