@@ -99,8 +99,9 @@ class BlockFp8:
     kept: tuple[str, ...] = ()
 
     def covers(self, fqn: str) -> bool:
-        """Whether `fqn` is a linear weight in FP8: of a projection, never an embedding, an output layer or a router."""
-        return fqn.endswith(_PROJECTIONS) and not any(part in fqn for part in self.kept)
+        """Whether `fqn` is a linear weight in FP8: of a projection of a layer, never of a router or a draft's input."""
+        named = fqn.endswith(_PROJECTIONS) and not fqn.endswith(".eh_proj.weight")
+        return named and not any(part in fqn for part in self.kept)
 
     def blocks(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Blocks along each dim of a weight of `size`; the last ones may be short."""

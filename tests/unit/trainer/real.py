@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,21 @@ def real_rows(
     return [
         [_rows_of(played, shape, parallel, dtype) for played in range(parallel.world_size)] for shape, parallel in cases
     ]
+
+
+def storage_less_rows(
+    rank: int, meet: str, shape: ModelShape, parallel: Parallel, played: list[int]
+) -> dict[int, list[tuple[str, Region]]]:
+    """In a child: the rows of some ranks of a model of any size, built without storage, in bfloat16."""
+    meta, out = torch.device("meta"), {}
+    for at in played:
+        with playing(at, shape, parallel):
+            config = gpt.transformer_config(shape, parallel, torch.bfloat16)
+            config.perform_initialization = False
+            with meta, mock.patch.object(torch.cuda, "current_device", lambda: meta):
+                chunks = gpt.build_chunks(config, shape, parallel)
+            out[at] = [(h.fqn, h.region) for h in MegatronSource(chunks, shape, torch.bfloat16).holdings()]
+    return out
 
 
 def _rows_of(rank: int, shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[tuple[str, Region]]:

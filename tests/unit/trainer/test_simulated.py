@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
 
 from nemo_rl.refit.region import Region
+from nemo_rl.trainer import families
 from nemo_rl.trainer.model import Parallel, model_shape
 from nemo_rl.trainer.pipeline import split_layers, stage_layers
 from nemo_rl.trainer.shape import ModelShape
 from nemo_rl.trainer.simulated import Coordinate, SimulatedTrainer, simulate
 from tests.unit.trainer.models import make_config
 from tests.unit.trainer.ranks import run_ranks
-from tests.unit.trainer.real import real_rows
+from tests.unit.trainer.real import real_rows, storage_less_rows
 
 FOUR = {"num_hidden_layers": 4}
 CASES: dict[str, tuple[str, dict[str, Any], Parallel]] = {
@@ -43,7 +47,14 @@ CASES: dict[str, tuple[str, dict[str, Any], Parallel]] = {
     "EP4 x DP2": ("moe", {}, Parallel(8, expert=4)),
     "EP2 x ETP2 x TP4 x PP2": ("moe", FOUR, Parallel(8, tensor=4, pipeline=2, expert=2, expert_tensor=2)),
     "EP4 x TP2 x PP2 x DP2": ("moe", FOUR, Parallel(8, tensor=2, pipeline=2, expert=4)),
-    "TP2 x CP2 x EP2": ("dense", {}, Parallel(4, tensor=2, context=2)),
+    "TP2 x CP2": ("dense", {}, Parallel(4, tensor=2, context=2)),
+    "TP2 x CP2 x EP8": ("moe", {}, Parallel(8, tensor=2, context=2, expert=8)),
+    "EP8 x PP2": ("moe", FOUR, Parallel(16, pipeline=2, expert=8)),
+    "TP8 x EP8 x PP4, 2 key/value heads": (
+        "moe",
+        {"num_attention_heads": 8, **FOUR},
+        Parallel(32, tensor=8, pipeline=4, expert=8),
+    ),
     "latent, TP2 x EP2 / ETP1": ("latent", {}, Parallel(2, tensor=2, expert=2)),
     "latent, EP4 x PP2 x DP2": ("latent", FOUR, Parallel(16, pipeline=2, expert=4)),
     "latent, full-rank queries, TP4 x EP2 x ETP2": (
@@ -91,6 +102,34 @@ def test_every_rank_holds_what_megatron_says(real: dict[str, Any], name: str) ->
         assert set(found.rows[rank]) == set(rows), f"rank {rank}"
         assert len(found.rows[rank]) == len(rows)
     assert_tiled(found)
+
+
+def test_deepseek_v3_at_its_real_size() -> None:
+    """256 ranks, of which some are played by a Megatron model without storage."""
+    config = DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"])
+    shape = model_shape(config)
+    parallel = Parallel(256, pipeline=16, expert=16, pipeline_layers=(4,) * 15 + (1,))
+    found = simulate(shape, parallel, torch.bfloat16)
+    (real,) = run_ranks(storage_less_rows, 1, shape, parallel, [0, 37, 255])
+    assert {rank: set(rows) for rank, rows in real.items()} == {rank: set(found.rows[rank]) for rank in real}
+    elements = {fqn: math.prod(meta.shape) for fqn, meta in found.table.items()}
+    held: dict[str, int] = dict.fromkeys(elements, 0)
+    for fqn, region in {row for rows in found.rows for row in rows}:
+        held[fqn] += region.volume
+    assert held == elements
+
+
+def test_deepseek_v3_has_the_elements_of_the_public_checkpoint() -> None:
+    config = DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"])
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    count: Counter[torch.dtype] = Counter()
+    for meta in families.table(model_shape(config), torch.bfloat16).values():
+        count[meta.dtype] += math.prod(meta.shape)
+    assert count == {
+        torch.float8_e4m3fn: 680_571_043_840,
+        torch.bfloat16: 3_918_786_560,
+        torch.float32: 41_555_600,
+    }
 
 
 def assert_tiled(found: SimulatedTrainer) -> None:
