@@ -8,6 +8,8 @@ traced wrongly is that of `tests/golden`, where the engine's own loader is the o
 
 from __future__ import annotations
 
+import itertools
+import random
 import time
 from dataclasses import replace
 
@@ -29,6 +31,7 @@ from nemo_rl.refit.trace import trace_loader
 from nemo_rl.refit.transports.inproc import InprocChannel
 from nemo_rl.refit.verify import Verifier
 
+from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
 
 WHOLE = Region.whole
@@ -740,3 +743,48 @@ def test_digests_that_arrive_damaged(cut, monkeypatch):
 
     monkeypatch.setattr(Verifier, "statements", damaged)
     caught(sim.refit(1), landings, VerificationError, "decode" if cut is not None else "sent 0 digests for 4 copies")
+
+
+@pytest.mark.parametrize("transport", ["auto", "broadcast"])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_bit_of_any_message(seed, transport):
+    """Whatever the layouts: one bit of one message that one rank gets, anywhere, is one refused version."""
+    rng = random.Random(seed)
+    table = random_table(rng, 5)
+    full = model(table, seed)
+    counts = rng.randint(1, 3), rng.randint(1, 3)
+    src, dst = (shard_out(rng, table, count) for count in counts)
+    landings = [PlainLanding(rows, [rng.choice((-1, i // 2)) for i in range(len(rows))]) for rows in dst]
+    options = RefitOptions(transport=transport, bucket_bytes=1024, deadline_s=20)
+    numbers, flips = itertools.count(), []
+
+    class Flipping(InprocChannel):
+        casts = 0
+
+        def recv(self, buffer, src, tag):
+            pending, number, places = super().recv(buffer, src, tag), next(numbers), range(buffer.numel())
+            if tag == -1:  # whole tensors; between them lies what aligns them and nobody reads
+                whole = [b for b in plans[0].misc_buffers if b.num_bytes][self.casts % self.count]
+                starts = zip(whole.fqns, whole.offsets, strict=True)
+                places = [at for f, start in starts for at in range(start, start + table[f].num_bytes)]
+                self.casts += 1
+
+            class Flipped:
+                def wait(self, deadline_s):
+                    pending.wait(deadline_s)
+                    if number == target:
+                        flips.append(rng.choice(places))
+                        buffer[flips[0]] ^= 1 << rng.randrange(8)
+
+            return Flipped()
+
+    sources = [PlainSource.of(full, table, rows) for rows in src]
+    sim = SimulatedWorld(sources, landings, options, lambda rank, t: Flipping(t._hub, rank))
+    raise_any(plans := sim.start())
+    Flipping.count, target = sum(b.num_bytes > 0 for b in plans[0].misc_buffers), None
+    raise_any(sim.refit(1))
+    count = next(numbers)
+    target = count + 1 + rng.randrange(count)
+    results = sim.refit(2)
+    assert len(flips) == 1 and len(plans[0].table) == 5
+    caught(results, landings, VerificationError, "holds digest", before=1)
