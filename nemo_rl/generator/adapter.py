@@ -21,6 +21,7 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
+from nemo_rl.generator.compat import adapter_names
 from nemo_rl.generator.engine import ADAPTER_ID, AdapterConfig
 from nemo_rl.generator.landing import IN_PLACE, view_of
 from nemo_rl.refit.base import Declaration
@@ -87,14 +88,13 @@ def replace_adapter(workers: Any, config: AdapterConfig, tensors: dict[str, torc
 def _adapter_model(
     manager: LoRAModelManager, tensors: dict[str, torch.Tensor], settings: PEFTHelper, device: str
 ) -> LoRAModel:
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)  # not every model class has one
     return LoRAModel.from_lora_tensors(
         ADAPTER_ID,
         tensors,
         settings,
         device,
         manager.lora_config.lora_dtype,
-        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+        weights_mapper=adapter_names(manager.model),
     )
 
 

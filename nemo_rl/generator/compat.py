@@ -96,6 +96,14 @@ def scale_rules(model: nn.Module) -> dict[str, str]:
     return rules
 
 
+def adapter_names(model: nn.Module) -> Any:
+    """The mapper from Hugging Face names to those of the model's LoRA layers, or None where they are the same."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper.get_unstacked_mapper()
+
+
 def unwrap_loaders(model: nn.Module) -> None:
     """Let a twin's weight loaders fill its parameters themselves.
 
@@ -184,11 +192,23 @@ def reprocess(layer: nn.Module, ran: Ran) -> None:
 
 @contextmanager
 def _same_storage(layer: nn.Module) -> Iterator[None]:
-    """Raises RuntimeError where a tensor that the module has on entry has another storage on exit."""
+    """On exit, tensors that are plain attributes have the storage that they had on entry, with their new values.
+
+    Raises:
+        RuntimeError: a parameter or a buffer has another storage, or an attribute another shape or dtype.
+    """
     before = {name: tensor.data_ptr() for name, tensor in own_tensors(layer).items()}
+    plain = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
     yield
     after = {name: tensor.data_ptr() for name, tensor in own_tensors(layer).items()}
     replaced = [name for name in before if after.get(name) != before[name]]
+    for name, old in plain.items():
+        new = vars(layer).get(name)
+        if not isinstance(new, torch.Tensor) or not _same_format(old, new):
+            replaced.append(name)
+        elif new.data_ptr() != old.data_ptr():
+            old.copy_(new)
+            setattr(layer, name, old)
     if replaced:
         raise RuntimeError(f"processing of {type(layer).__name__} gave {', '.join(replaced)} another storage")
 

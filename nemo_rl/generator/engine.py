@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from nemo_rl.generator.shm import made_since, mapped_shared_memory
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 
@@ -143,7 +144,7 @@ class VllmEngine:
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
-        before, started = _mapped_shared_memory(), time.time()
+        before, started = mapped_shared_memory(), time.time()
         self.config, self.weight_version = config, 0
         self._refusal: str | None = None
         self._as_loaded = config.load_format == "auto"  # the weights are those that the engine read itself
@@ -152,7 +153,7 @@ class VllmEngine:
         self._adapter: Any = None
         if config.adapter is not None:
             (self._adapter, *_) = self._llm.collective_rpc("serve_adapter", args=(config.adapter,))
-        self._shared_files = tuple(f for f in sorted(_mapped_shared_memory() - before) if _made_since(f, started))
+        self._shared_files = tuple(f for f in sorted(mapped_shared_memory() - before) if made_since(f, started))
 
     @property
     def num_workers(self) -> int:
@@ -396,30 +397,3 @@ def _join_errors(errors: Sequence[RefitError]) -> RefitError:
         return first
     detail = f"{first.detail}; other workers: {'; '.join(others)}"
     return type(first)(detail, rank=first.rank, phase=first.phase, remedy=first.remedy)
-
-
-def _mapped_shared_memory() -> set[str]:
-    """Files under /dev/shm that this process or a child of it has mapped."""
-    found = set()
-    for pid in _family():
-        try:
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        except OSError:  # not Linux, or the child ended
-            continue
-        paths = (line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line)
-        found |= {p for p in paths if not p.endswith("(deleted)")}
-    return found
-
-
-def _family() -> list[int]:
-    import multiprocessing
-    import os
-
-    return [os.getpid(), *(p.pid for p in multiprocessing.active_children() if p.pid is not None)]
-
-
-def _made_since(path: str, started: float) -> bool:
-    try:
-        return Path(path).stat().st_ctime >= started - 1.0
-    except OSError:
-        return False
