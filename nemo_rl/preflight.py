@@ -81,7 +81,7 @@ def _check_files(config: Config, hf_config: Any) -> list[str]:
         shape = model_shape(hf_config)
     except ValueError:  # a model that no family covers, which the layouts' check has told
         return problems
-    found = checkpoint.check(folder, families.table(shape, torch.float32), families.droppable(shape))
+    found = checkpoint.check(folder, families.required(shape, torch.float32), families.droppable(shape))
     return problems + [f"{key}: {p}" for p in found]
 
 

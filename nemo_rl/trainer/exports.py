@@ -13,6 +13,7 @@ import torch
 
 from nemo_rl.refit.layout import TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
+from nemo_rl.trainer.families import calibrated
 from nemo_rl.trainer.simulated import Rows, SimulatedTrainer
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -60,11 +61,15 @@ def with_cache_scales(
 ) -> SimulatedTrainer:
     """With the scales of an FP8 KV cache, which every rank holds that holds some attention of the layer.
 
+    A trainer that has scales, because its model's configuration names a `kv_cache_scheme`, is returned as it is.
+
     Args:
         kinds: `k` for keys, `v` for values, `q` for queries.
         module: part of a layer whose `k_scale` and so on they are.
         size: of a scale, which is one float32 number.
     """
+    if any(calibrated(fqn) for fqn in trainer.table):
+        return trainer
     attention = re.compile(r"(.+)\.self_attn\..+")
     layers = natural_order({m[1] for fqn in trainer.table if (m := attention.fullmatch(fqn))})
     names = {layer: [f"{layer}.{module}.{kind}_scale" for kind in kinds] for layer in layers}

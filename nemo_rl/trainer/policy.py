@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from nemo_rl import checkpoint
+from nemo_rl.checkpoint.headers import read_headers
 from nemo_rl.refit.layout import Holding
 from nemo_rl.trainer import families, gpt
 from nemo_rl.trainer.cpu import megatron_on_cpu
@@ -47,7 +48,8 @@ class TrainerConfig:
         router_bias_update_rate: how far a step moves the correction bias of a sigmoid router towards even loads.
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
-        cache_scales: hold scales for an FP8 KV cache, which `calibrate` sets and refits and exports bring along.
+        cache_scales: hold scales for an FP8 KV cache, also where the checkpoint's configuration names none; `calibrate`
+            sets them, refits and exports bring them along.
         deadline_s: longest that any collective between trainers may take.
     """
 
@@ -94,8 +96,7 @@ class MegatronPolicy:
         if not problems:
             self._shape = model_shape(hf_config)
             problems = self._hold_cache_scales() if config.cache_scales else []
-            table = families.table(self._shape, self._dtype)
-            table = {fqn: meta for fqn, meta in table.items() if not families.calibrated(fqn)}
+            table = families.required(self._shape, self._dtype)
             problems += checkpoint.check(config.model_path, table, families.droppable(self._shape))
         if problems:
             raise ValueError(f"trainers cannot load {config.model_path}:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -140,8 +141,9 @@ class MegatronPolicy:
         self._optimizer.reload_model_params()
 
     def _read_holdings(self) -> list[Holding]:
-        """What comes from the checkpoint."""
-        return [holding for holding in self._source.holdings() if not families.calibrated(holding.fqn)]
+        """What comes from the checkpoint: all but scales of a cache, where it has none."""
+        files, _ = read_headers(self.config.model_path)
+        return [h for h in self._source.holdings() if h.fqn in files or not families.calibrated(h.fqn)]
 
     def _optimizer_config(self) -> OptimizerConfig:
         config = self.config

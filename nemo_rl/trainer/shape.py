@@ -206,8 +206,17 @@ def quantization_of(hf: Any) -> tuple[BlockFp8 | None, list[str]]:
         return None, []
     said = given if isinstance(given, dict) else given.to_dict()
     method, block = said.get("quant_method"), said.get("weight_block_size")
+    if cache_scales_of(hf) and not said.get("config_groups"):
+        return None, []
     if method != "fp8" or not block:
         text = f"quantization {method!r} with weight_block_size={block} is not covered; use the unquantized checkpoint"
         return None, [text]
     kept = said.get("modules_to_not_convert") or said.get("ignored_layers") or ()
     return BlockFp8(int(block[0]), int(block[1]), tuple(kept)), []
+
+
+def cache_scales_of(hf: Any) -> str:
+    """Letters of the scales of an FP8 KV cache that a checkpoint says to hold, as `ModelShape.cache_scales`."""
+    given = getattr(hf, "quantization_config", None) or {}
+    said = given if isinstance(given, dict) else given.to_dict()
+    return "kvq" if said.get("kv_cache_scheme") else ""

@@ -24,10 +24,12 @@ from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of
 __all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Box", "Family", "Shape", "Weight"]
 __all__ += [
     "boxes",
+    "calibrated",
     "dtype_of",
     "droppable",
     "family_of",
     "parts",
+    "required",
     "scale_of",
     "scale_region",
     "table",
@@ -97,6 +99,11 @@ def scale_region(shape: ModelShape, fqn: str, part: Region) -> Region:
 def calibrated(fqn: str) -> bool:
     """Whether the trainer makes the tensor from what it sees, so that no checkpoint need hold it."""
     return fqn.endswith(("self_attn.k_scale", "self_attn.v_scale", "self_attn.q_scale"))
+
+
+def required(shape: ModelShape, dtype: torch.dtype) -> TensorTable:
+    """The tensors that a checkpoint must hold for training to start from it."""
+    return {fqn: meta for fqn, meta in table(shape, dtype).items() if not calibrated(fqn)}
 
 
 def droppable(shape: ModelShape) -> frozenset[str]:

@@ -27,6 +27,7 @@ from nemo_rl.trainer.shape import (
     UnsupportedModel,
     Yarn,
     architecture_of,
+    cache_scales_of,
     quantization_of,
     rope_of,
     rope_parameters,
@@ -242,6 +243,8 @@ def _unsupported(hf: Any) -> list[str]:
         bad.append(f"topk_method={method!r}: the router must be noaux_tc, with a correction bias")
     if hf.tie_word_embeddings and (getattr(hf, "num_nextn_predict_layers", 0) or 0):
         bad.append("tied embeddings with draft layers are not covered; set num_nextn_predict_layers=0")
+    if cache_scales_of(hf):
+        bad.append("kv_cache_scheme: scales are held of plain attention alone; remove it")
     return bad + quantization_of(hf)[1]
 
 

@@ -14,6 +14,7 @@ from nemo_rl.trainer.shape import (
     Router,
     UnsupportedModel,
     architecture_of,
+    cache_scales_of,
     quantization_of,
     rope_of,
 )
@@ -246,6 +247,8 @@ def _unsupported(hf: Any) -> list[str]:
     ]
     if getattr(hf, "num_nextn_predict_layers", 0):
         bad.append("draft layers are not covered by the family rule; set num_nextn_predict_layers=0")
+    if cache_scales_of(hf):
+        bad.append("kv_cache_scheme: scales are held of plain attention alone; remove it")
     return bad + quantization_of(hf)[1]
 
 

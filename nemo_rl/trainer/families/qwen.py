@@ -20,7 +20,14 @@ from nemo_rl.trainer.families.base import (
     vocabulary,
     whole,
 )
-from nemo_rl.trainer.shape import ModelShape, UnsupportedModel, architecture_of, quantization_of, rope_of
+from nemo_rl.trainer.shape import (
+    ModelShape,
+    UnsupportedModel,
+    architecture_of,
+    cache_scales_of,
+    quantization_of,
+    rope_of,
+)
 
 _VOCABULARY = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
 
@@ -176,6 +183,7 @@ def _read(hf: Any) -> ModelShape:
         shared_ffn_size=hf.shared_expert_intermediate_size if moe and qwen2 else 0,
         top_k_renormalized=bool(hf.norm_topk_prob) if moe else True,
         fp8=quantization_of(hf)[0],
+        cache_scales=cache_scales_of(hf),
     )
 
 
