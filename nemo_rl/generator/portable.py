@@ -28,22 +28,44 @@ def real_expert_maps() -> Iterator[None]:
 
 @contextlib.contextmanager
 def any_platform() -> Iterator[None]:
-    """Inside, models are built whose kernels this platform lacks; what decides shapes stays vLLM's own."""
-    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as plain
+    """Inside, models are built whose kernels a CPU lacks; what decides shapes stays vLLM's own.
+
+    On other platforms nothing changes: what vLLM refuses there is refused.
+    """
+    from vllm.platforms import current_platform
+
+    with contextlib.ExitStack() as stack:
+        if current_platform.is_cpu():
+            _offer_kernels(stack)
+        yield
+
+
+def _offer_kernels(stack: contextlib.ExitStack) -> None:
+    from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
-    from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.fused_moe.oracle import fp8, unquantized
 
     gated = _unless(FusedMoEConfig.__post_init__, "is_act_and_mul", None)  # the last of its checks
-    linear = _unless(fp8.init_fp8_linear_kernel, "Failed to find a kernel", None)
-    experts = _unless(plain.select_unquantized_moe_backend, "backend", (plain.UnquantizedMoeBackend.TRITON, None))
-    fp8_experts = _unless(fp8.select_fp8_moe_backend, "backend", (Fp8MoeBackend.TRITON, None))
-    with (
-        attributes(FusedMoEConfig, __post_init__=gated),
-        attributes(plain, select_unquantized_moe_backend=experts),
-        attributes(fp8, init_fp8_linear_kernel=linear, select_fp8_moe_backend=fp8_experts),
-    ):
-        yield
+    stack.enter_context(attributes(FusedMoEConfig, __post_init__=gated))
+    chosen = _unless(linear.choose_scaled_mm_linear_kernel, "Failed to find a kernel", _NoKernel)
+    stack.enter_context(attributes(linear, choose_scaled_mm_linear_kernel=chosen))
+    for oracle in (fp8, unquantized):
+        stack.enter_context(attributes(oracle, backend_to_kernel_cls=_with_last(oracle.backend_to_kernel_cls)))
+
+
+class _NoKernel:
+    """Stands for a kernel where none is; it cannot run."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    @staticmethod
+    def is_supported_config(*_: Any) -> tuple[bool, str | None]:
+        return True, None
+
+
+def _with_last(kernels_of: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    return lambda backend: [*kernels_of(backend), _NoKernel]
 
 
 def _unless(ask: Callable[..., Any], refusal: str, answer: Any) -> Callable[..., Any]:

@@ -104,6 +104,7 @@ def load_rank(spec: EngineSpec, rank: int, tensors: Iterable[tuple[str, torch.Te
 
     with as_rank(spec, rank) as config:
         model = build_twin(config, "cpu", draft=spec.draft)
+        _materialize(model)
         kept = scale_rules(model)
         for name, param in model.named_parameters():
             if name not in kept:
@@ -112,6 +113,19 @@ def load_rank(spec: EngineSpec, rank: int, tensors: Iterable[tuple[str, torch.Te
             model.load_weights(iter(tensors))  # type: ignore[operator]
     named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return {name: t.detach() for name, t in (named | dict(_persistent_buffers(model))).items()}
+
+
+def _materialize(model: nn.Module) -> None:
+    """Give storage to parameters that layers, which quantize while they load, keep without it."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and param.is_meta:
+                if id(param) not in made:
+                    real = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype)
+                    real.__class__, real.__dict__ = param.__class__, param.__dict__.copy()
+                    made[id(param)] = real
+                module._parameters[name] = made[id(param)]  # type: ignore[assignment]
 
 
 def _randomize(param: torch.Tensor) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_rl.refit.cover import ByteRange, account, common, join, strided_ranges, view_ranges
-from nemo_rl.refit.layout import TensorMeta, TensorTable
+from nemo_rl.refit.held import Held
+from nemo_rl.refit.layout import TensorTable
 from nemo_rl.refit.region import Region
 
 Load = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
@@ -95,58 +96,6 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def box_of_copy(meta: TensorMeta, src: torch.Tensor, dst: torch.Tensor) -> tuple[Region, tuple[int, ...]] | str:
-    """The box of a contiguous tensor of `meta` that `dst.copy_(src)` moves, `src` being a view of that tensor.
-
-    Returns:
-        The box and the destination's strides in the tensor's axis order, or why there is none.
-    """
-    if src.dtype != meta.dtype or dst.dtype != src.dtype:
-        return f"cast from {meta.dtype} to {dst.dtype}" if src.dtype == meta.dtype else f"viewed as {src.dtype}"
-    lead = dst.dim() - src.dim()
-    sizes = (1,) * lead + tuple(src.shape)
-    if sizes != tuple(dst.shape):
-        return f"broadcast from {tuple(src.shape)} to {tuple(dst.shape)}"
-    dims = zip(sizes, (0,) * lead + src.stride(), dst.stride(), strict=True)
-    return _box(meta.shape, src.storage_offset(), _coalesce([d for d in dims if d[0] > 1]))
-
-
-def _coalesce(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Join dims (size, source stride, destination stride) that are one run in source and destination alike."""
-    out: list[tuple[int, int, int]] = []
-    for size, src, dst in sorted(dims, key=lambda d: -d[1]):
-        if out and out[-1][1] == src * size and out[-1][2] == dst * size:
-            out[-1] = (out[-1][0] * size, src, dst)
-        else:
-            out.append((size, src, dst))
-    return out
-
-
-def _box(shape: tuple[int, ...], offset: int, dims: list[tuple[int, int, int]]) -> tuple[Region, tuple[int, ...]] | str:
-    """Give each dim the axes of the contiguous `shape` that it runs over; axes without a dim have size 1."""
-    if any(src == 0 or dst == 0 for _, src, dst in dims):
-        return "an expanded view (stride 0)"
-    offsets, steps, step = [0] * len(shape), [0] * len(shape), 1
-    for axis in reversed(range(len(shape))):
-        steps[axis], step = step, step * shape[axis]
-    for axis in range(len(shape)):
-        offsets[axis], offset = divmod(offset, steps[axis])
-    sizes, strides = [1] * len(shape), [1] * len(shape)
-    for size, src, dst in dims:
-        axis = next((a for a in range(len(shape)) if steps[a] == src and shape[a] > 1), -1)
-        while size > 1:
-            whole = axis >= 0 and sizes[axis] == 1
-            if not whole:
-                return f"a view of shape {shape} that takes steps or regroups axes, which is no box"
-            take = min(size, shape[axis])
-            if size % take or offsets[axis] + take > shape[axis]:
-                return f"a view of shape {shape} that crosses from one row into the next, which is no box"
-            sizes[axis], strides[axis] = take, dst
-            size, dst = size // take, dst * take
-            axis = next((a for a in reversed(range(axis)) if shape[a] > 1), -1)
-    return Region(tuple(offsets), tuple(sizes)), tuple(strides)
-
-
 class _Recorder(TorchDispatchMode):
     """Notes every write to a parameter and from which fed tensors each value comes.
 
@@ -166,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         for name, param in params.items():
             self._name.setdefault(storage_id(param), name)
         self._alive: list[Any] = [p.untyped_storage() for p in params.values()]  # ids stay unique while these live
-        self._pure: dict[int, str] = {}  # storage of an unchanged fed tensor -> fqn
+        self._pure: dict[int, Held] = {}  # storage of an unchanged fed tensor, or of a plain copy of a part of it
         self._origin: dict[int, set[str]] = {key: set() for key in self._name}  # storage -> fqns its value depends on
         self._how: dict[int, str] = {}  # storage -> the operation that computed it
         self._numbers: set[int] = set()  # storages of a number that the loader wrote, as in `view[...] = 0`
@@ -181,7 +130,7 @@ class _Recorder(TorchDispatchMode):
         for fqn, meta in self._table.items():
             tensor = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
             key = self._register(tensor)
-            self._pure[key], self._origin[key], self.last = fqn, {fqn}, fqn
+            self._pure[key], self._origin[key], self.last = Held.whole(fqn, meta), {fqn}, fqn
             yield fqn, tensor
 
     def kept_rows(self) -> list[TracedRow]:
@@ -204,6 +153,8 @@ class _Recorder(TorchDispatchMode):
         if fqns:
             for tensor in _tensors(out):
                 self._made(tensor, fqns, name)
+        if name in _COPIES:
+            self._cloned(args[0], out)
         return out
 
     def _register(self, tensor: torch.Tensor) -> int:
@@ -216,6 +167,16 @@ class _Recorder(TorchDispatchMode):
             key = self._register(tensor)
             self._origin[key], self._how[key] = set(fqns), op
 
+    def _cloned(self, src: torch.Tensor, made: torch.Tensor) -> None:
+        """`made` has the values of `src` in a storage of its own; of an unchanged tensor it is as good as that."""
+        source = self._pure.get(storage_id(src))
+        if source is not None and src.numel() and storage_id(made) != storage_id(src):
+            held, key = source.copied(src, made), storage_id(made)
+            if isinstance(held, Held):
+                self._pure[key] = held
+            else:
+                self._how[key] += f" of {held}"
+
     def _copy(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         dst: torch.Tensor = args[0]
         src: torch.Tensor = args[1]
@@ -226,21 +187,21 @@ class _Recorder(TorchDispatchMode):
             self._wrote(dst, fqns, "aten::copy_")
         elif key in self._numbers and not fqns:
             self._wrote(dst, fqns, "aten::fill_")
+        elif not dst.numel():
+            self._reached.add(storage_id(dst))
         elif key not in self._pure:
             self._wrote(dst, fqns, self._how.get(key, "aten::copy_"))
         else:
             self._copy_fed(self._pure[key], src, dst)
         return dst
 
-    def _copy_fed(self, fqn: str, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """A view of the unchanged fed tensor `fqn` is copied to a parameter: a row, or misc."""
-        key = storage_id(dst)
+    def _copy_fed(self, source: Held, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """A view of what is unchanged of a fed tensor is copied to a parameter: a row, or misc."""
+        key, fqn = storage_id(dst), source.fqn
         self._reached.add(key)
         self._origin[key].add(fqn)
-        if dst.numel() == 0:
-            return
         name = self._name[key]
-        found = box_of_copy(self._table[fqn], src, dst)
+        found = source.box_of(src, dst)
         if dst.dtype != self._params[name].dtype:
             found = f"{name} of {self._params[name].dtype} is written as {dst.dtype}"
         if isinstance(found, str):
@@ -335,6 +296,7 @@ class _Recorder(TorchDispatchMode):
 
 
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})
+_COPIES = frozenset({"aten::clone", "aten::_to_copy"})
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -104,6 +104,18 @@ _NEMOTRON_H: Config = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+_GPT_OSS: Config = {
+    **_DENSE,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 _BLOCK = 128
 _FP8_BLOCKS: Config = {
     "quant_method": "fp8",
@@ -130,6 +142,7 @@ CONFIGS: Mapping[str, Config] = {
     "nemotron_h": _NEMOTRON_H,
     "nemotron_h_latent": {**_NEMOTRON_H, "moe_latent_size": 48, "n_groups": 1},
     "stacked_experts": _QWEN3_MOE,
+    "gpt_oss": _GPT_OSS,
     "block_fp8": {
         **_QWEN3_MOE,
         "hidden_size": 256,
@@ -315,6 +328,22 @@ def _nemotron_moe(config: Config) -> Shapes:
     return shapes
 
 
+def _gpt_oss(config: Config) -> Shapes:
+    """Experts are stacked the other way round: (experts, inputs, outputs), gate and up rows in turns."""
+    hidden, ffn, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    shapes = _ends(config)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= _under(at, _norms(hidden)) | _under(f"{at}.self_attn", _attention(config, bias=True))
+        shapes[f"{at}.self_attn.o_proj.bias"] = (hidden,)
+        shapes[f"{at}.self_attn.sinks"] = (config["num_attention_heads"],)
+        moe: Shapes = {"router.weight": (experts, hidden), "router.bias": (experts,)}
+        moe |= {"experts.gate_up_proj": (experts, hidden, 2 * ffn), "experts.gate_up_proj_bias": (experts, 2 * ffn)}
+        moe |= {"experts.down_proj": (experts, ffn, hidden), "experts.down_proj_bias": (experts, hidden)}
+        shapes |= _under(f"{at}.mlp", moe)
+    return shapes
+
+
 _NEMOTRON_MIXERS: Mapping[str, Callable[[Config], Shapes]] = {
     "M": _mamba2,
     "E": _nemotron_moe,
@@ -326,6 +355,7 @@ _RULES: Mapping[str, Callable[[Config], Shapes]] = {
     "qwen3": _qwen,
     "qwen3_moe": _qwen,
     "deepseek_v3": _deepseek,
+    "gpt_oss": _gpt_oss,
     "nemotron_h": _nemotron_h,
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_rl.generator.preflight import PREFLIGHT_ENV
 from nemo_rl.refit.trace import Trace
@@ -35,18 +36,20 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "qwen3_tied": PLAIN,
     "qwen2_bias": PLAIN,
     "fp8_kv_scales": [*PLAIN, {"kv_cache_dtype": "fp8"}],
-    "qwen3_moe": [*PLAIN, *EXPERTS, REDUNDANT],
+    "qwen3_moe": [*PLAIN, *EXPERTS, REDUNDANT, {"tp": 2, "quantization": "fp8"}],
     "deepseek_v3": [*PLAIN, *EXPERTS, REDUNDANT, ROUND_ROBIN],
     "deepseek_v3_no_q_lora": PLAIN,
     "deepseek_mtp": [{"draft": True}, {"draft": True, "tp": 2}, {"tp": 2}],
     "nemotron_h": [*PLAIN, *EXPERTS, REDUNDANT],
     "nemotron_h_latent": PLAIN + EXPERTS[:1],
     "stacked_experts": PLAIN + EXPERTS,
+    "gpt_oss": [*PLAIN, EXPERTS[0]],
     "block_fp8": [*PLAIN, *EXPERTS[:2], REDUNDANT],
 }
 COMPUTED = {
     "nemotron_h": {".A_log": ".A through cast", ".gate.weight": ".gate.weight through cast"},
     "nemotron_h_latent": {".A_log": ".A through cast", ".gate.weight": ".gate.weight through cast"},
+    "gpt_oss": {".down_proj_bias": "zero_"},
     "block_fp8": {"weight_scale_inv": "aten::"},
 }
 """Family -> end of a tensor's name -> words of the reason why it cannot travel in bulk."""
@@ -74,6 +77,19 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_no_family_is_left_out() -> None:
     assert LAYOUTS.keys() == FAMILIES.keys() == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"fp8_kv_scales", "gpt_oss", "stacked_experts"}))
+def test_trainers_export_what_the_checkpoint_holds(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    from transformers import AutoConfig
+
+    from nemo_rl.trainer import families
+    from nemo_rl.trainer.model import model_shape
+
+    FAMILIES[family](tmp_path)
+    exported = families.table(model_shape(AutoConfig.from_pretrained(tmp_path)), torch.bfloat16)
+    assert exported == checkpoint_table(family)
 
 
 @pytest.mark.parametrize("family", list(LAYOUTS))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nemo_rl.refit.cover import account, common, view_ranges
+from nemo_rl.refit.held import Held
 from nemo_rl.refit.layout import TensorMeta, TensorTable
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.trace import Trace, TracedRow, box_of_copy, trace_loader
+from nemo_rl.refit.trace import Trace, TracedRow, trace_loader
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Params = dict[str, torch.Tensor]
@@ -177,6 +178,78 @@ def test_an_unused_tensor_is_no_problem() -> None:
 
     trace = traced(load, table_of(a=(2,), rotary=(9,)), {"a": torch.empty(2)})
     assert trace.problems == () and trace.misc == {} and len(trace.rows) == 1
+
+
+def stacked(params: Params, weights: Weights) -> None:
+    """Experts as one tensor (experts, hidden, gate and up): a rank takes half of each part, and turns them over."""
+    for _, w in weights:
+        gate, up = w.chunk(2, dim=2)
+        params["w13"][:, :2].copy_(gate[:, :, 2:4].permute(0, 2, 1).contiguous())
+        for expert, one in enumerate(up.transpose(1, 2).contiguous()[:, 2:].clone()):
+            params["w13"][expert, 2:].copy_(one)
+
+
+def test_stacked_experts_through_copies_of_their_own() -> None:
+    trace = check(stacked, table_of(e=(3, 5, 8)), lambda: {"w13": torch.empty(3, 4, 5)})
+    assert [row.region for row in trace.rows] == [
+        Region((0, 0, 2), (3, 5, 2)),
+        *(Region((e, 0, 6), (1, 5, 2)) for e in range(3)),
+    ]
+
+
+def test_faults_behind_a_copy_are_seen() -> None:
+    """Swapped experts and parts are other boxes; a hole and a double write are problems."""
+
+    def swapped(params: Params, weights: Weights) -> None:
+        for _, w in weights:
+            turned = w.transpose(1, 2).contiguous()
+            params["w13"][0].copy_(turned[1, :4])
+            params["w13"][1].copy_(turned[0, 4:])
+
+    def hole_and_overlap(params: Params, weights: Weights) -> None:
+        for _, w in weights:
+            turned = w.transpose(1, 2).contiguous()
+            params["w13"][0, :3].copy_(turned[0, :3])
+            params["w13"][1].copy_(turned[1, :4])
+            params["w13"][1, :1].copy_(turned[1, 4:5])
+
+    rows = traced(swapped, table_of(e=(2, 5, 8)), {"w13": torch.empty(2, 4, 5)}).rows
+    assert [row.region for row in rows] == [Region((1, 0, 0), (1, 5, 4)), Region((0, 0, 4), (1, 5, 4))]
+    problems = traced(hole_and_overlap, table_of(e=(2, 5, 8)), {"w13": torch.empty(2, 4, 5)}).problems
+    assert problems == (
+        "w13: bytes 60:80 of 160 written by no tensor",
+        "w13: bytes 80:100 of 160 written more than once",
+    )
+
+
+def test_a_copy_that_is_changed_or_is_no_box_is_misc() -> None:
+    def load(params: Params, weights: Weights) -> None:
+        for name, w in weights:
+            copy = w.clone()
+            params[name].copy_(copy.mul_(2) if name == "a" else w.view(2, 3, 4).transpose(0, 1).reshape(6, 4))
+
+    trace = traced(load, table_of(a=(2,), b=(6, 4)), {"a": torch.empty(2), "b": torch.empty(6, 4)})
+    assert sorted(trace.misc) == ["a", "b"] and trace.rows == () and trace.problems == ()
+    assert "mul_" in trace.misc["a"] and "aten::clone of a view of shape (6, 4)" in trace.misc["b"]
+
+
+def test_one_tensor_in_several_places() -> None:
+    """A logical expert in two slots, and one key head on both halves."""
+
+    def load(params: Params, weights: Weights) -> None:
+        for _, w in weights:
+            for slot in (0, 2):
+                params["slots"][slot].copy_(w)
+            params["slots"][1].copy_(w.clone())
+
+    trace = check(load, table_of(e=(4, 2)), lambda: {"slots": torch.empty(3, 4, 2)})
+    assert [row.storage_offset for row in trace.rows] == [0, 16, 8]
+    short = lambda params, weights: [params["slots"][s].copy_(w) for _, w in weights for s in (0, 0)]  # noqa: E731
+    problems = traced(short, table_of(e=(4, 2)), {"slots": torch.empty(3, 4, 2)}).problems
+    assert problems == (
+        "slots: bytes 32:96 of 96 written by no tensor",
+        "slots: bytes 0:32 of 96 written more than once",
+    )
 
 
 # ---- misc: the value is computed, or its way is no box
@@ -377,19 +450,24 @@ def test_parameters_with_storage_are_refused() -> None:
 def test_boxes_of_random_views_against_enumeration() -> None:
     """A box says exactly which element lands where, or the view is no box."""
     rng = np.random.default_rng(0)
-    boxes = 0
+    boxes = copies = 0
     for _ in range(600):
         shape = tuple(int(n) for n in rng.integers(1, 5, rng.integers(1, 4)))
         whole = torch.arange(int(np.prod(shape)), dtype=torch.float32).view(shape)
-        src = whole
-        for _ in range(3):
+        src, held = whole, Held.whole("w", TensorMeta(shape, torch.float32))
+        for _ in range(4):
             src = random_view(src, rng)
+            if rng.integers(0, 4) == 0 and src.numel():
+                made = src.clone(memory_format=torch.contiguous_format) if rng.integers(0, 2) else src.clone()
+                kept = held.copied(src, made)
+                if isinstance(kept, Held):
+                    src, held, copies = made, kept, copies + 1
         if not src.numel():
             continue
         step = int(rng.integers(1, 3))
         strides = tuple(step * n for n in torch.empty(src.shape).stride())
         dst = torch.full((2 * src.numel() + 3,), -1.0).as_strided(src.shape, strides, 3)
-        found = box_of_copy(TensorMeta(shape, torch.float32), src, dst)
+        found = held.box_of(src, dst)
         if isinstance(found, str):
             continue
         boxes += 1
@@ -398,7 +476,7 @@ def test_boxes_of_random_views_against_enumeration() -> None:
         dst.copy_(src)
         there = dst.as_strided(region.sizes, stride, dst.storage_offset())
         assert torch.equal(there, whole[region.slices_in(Region.whole(shape))])
-    assert boxes > 200
+    assert boxes > 200 and copies > 100
 
 
 def random_view(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
