@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,9 +67,9 @@ def check(found: dict[str, bool]) -> None:
     assert found and all(found.values()), {name: ok for name, ok in found.items() if not ok}
 
 
-def run(program: str, folder: Path, scenarios: list[str]) -> dict[str, bool]:
+def run(program: str, folder: Path, scenarios: list[str], device: Literal["cpu", "cuda"] = "cpu") -> dict[str, bool]:
     """Run `program`, which ends in `answer`, in a process of its own with the environment of an engine."""
-    env = {**os.environ, **worker_env(GeneratorConfig(str(folder))), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **worker_env(GeneratorConfig(str(folder)), device), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, program, str(folder), *scenarios]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -121,7 +121,7 @@ def make_checkpoint(path: Path, kind: Kind, seed: int, precision: str) -> str:
 
 
 def with_engine(path: str, kind: Kind, precision: Any, tp: int, call: Callable[[VllmEngine], Any]) -> Any:
-    small = {"max_model_len": 192, "max_num_seqs": 4, "kv_cache_memory_bytes": 8 << 20}
+    small = {"max_model_len": 192, "max_num_seqs": 4, "kv_cache_memory_bytes": 8 << 20, "gpu_memory_utilization": 0.2}
     config = GeneratorConfig(path, tp, precision, **{**small, **kind.engine})
     engine = VllmEngine(config)
     try:

@@ -1,0 +1,17 @@
+"""Engines on a GPU, with vLLM's own FP8 kernels, take what `tests/e2e/test_generator_formats.py` sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import engines
+
+pytestmark = pytest.mark.gpu(1)
+PROGRAM = str(engines.ROOT / "tests" / "e2e" / "test_generator_formats.py")
+
+
+@pytest.mark.parametrize("kind", ["online", "calibrated", "blocks", "latent"])
+def test_engines_equal_fresh_ones(kind: str, tmp_path: Path) -> None:
+    engines.check(engines.run(PROGRAM, tmp_path, [f"landed {kind} bfloat16 1"], "cuda"))
