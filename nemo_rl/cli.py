@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from nemo_rl.config import Config, ConfigError, inherited_environment, load_config
+from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.planview import build
 from nemo_rl.planview.difference import print_difference
 from nemo_rl.planview.html import render
@@ -29,7 +30,7 @@ from nemo_rl.planview.model import PlanView, load_view
 from nemo_rl.planview.picture import draw
 from nemo_rl.planview.predict import Links
 from nemo_rl.planview.text import print_view
-from nemo_rl.preflight import model_folder
+from nemo_rl.preflight import engine_of, model_folder
 from nemo_rl.topology import parallel_of, topology_of
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 
@@ -105,8 +106,7 @@ def _view(options: argparse.Namespace, path: Path | None) -> PlanView:
 
 def _of_model(options: argparse.Namespace) -> build.PlanRequest:
     """One rank a side until `--trainer` and `--generator` say more."""
-    engine, _ = build.parse_generator("", options.model, options.precision)
-    dtype = getattr(torch, options.precision)
+    engine, dtype = EngineSpec(str(options.model), precision=options.precision), getattr(torch, options.precision)
     return build.PlanRequest(options.model.resolve().name, options.model, Parallel(1), engine, dtype=dtype)
 
 
@@ -116,13 +116,12 @@ def _of_config(options: argparse.Namespace, path: Path, scratch: Path) -> build.
     if problems:
         raise ConfigError(problems)
     folder = model_folder(config, scratch)
-    vllm, refit = config.policy.generation.vllm_cfg, config.policy.refit
-    engine, _ = build.parse_generator(f"tp={vllm.tensor_parallel_size}", folder, vllm.precision)
+    refit = config.policy.refit
     return build.PlanRequest(
         title=path.stem,
         folder=folder,
         parallel=parallel_of(config, topology.num_trainers),
-        engine=engine,
+        engine=engine_of(config, folder),
         replicas=topology.num_replicas,
         dtype=getattr(torch, config.policy.precision),
         bucket_bytes=refit.bucket_bytes,
@@ -147,7 +146,7 @@ def _with_sides(request: build.PlanRequest, options: argparse.Namespace) -> buil
             notes = (*notes, f"{shape.num_layers} layers over the trainers' pipeline chunks as {layers}")
         request = dataclasses.replace(request, parallel=parallel, notes=notes)
     if options.generator is not None:
-        engine, replicas = build.parse_generator(options.generator, request.folder, request.engine.precision)
+        engine, replicas = build.parse_generator(options.generator, request.engine)
         request = dataclasses.replace(request, engine=engine, replicas=replicas)
     return request
 

@@ -88,16 +88,21 @@ def _check_files(config: Config, hf_config: Any) -> list[str]:
 def check_loader(config: Config, hf_config: Any, folder: Path) -> list[str]:
     """Values that the generator's loader needs and the trainers lack; asked in a process of its own."""
     table = families.table(model_shape(hf_config), getattr(torch, config.policy.precision))
+    spec, environ = engine_of(config, folder), inherited_environment()
+    problems = check_loader_apart(spec, table, environ, config.cluster.start_deadline_s)
+    return [f"policy.model_name={config.policy.model_name}: {p}" for p in problems]
+
+
+def engine_of(config: Config, folder: Path) -> EngineSpec:
+    """How each generator holds the model of `folder`."""
     vllm = config.policy.generation.vllm_cfg
-    spec = EngineSpec(
+    return EngineSpec(
         str(folder),
         vllm.tensor_parallel_size,
         precision=vllm.precision,
         quantization=vllm.quantization,
         kv_cache_dtype=vllm.kv_cache_dtype,
     )
-    problems = check_loader_apart(spec, table, inherited_environment(), config.cluster.start_deadline_s)
-    return [f"policy.model_name={config.policy.model_name}: {p}" for p in problems]
 
 
 def _choices(config: Config) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -180,6 +180,8 @@ GENERATOR_KEYS: Mapping[str, str] = {
     "ep": "1 for expert parallelism over dp x tp",
     "redundant": "redundant experts (EPLB)",
     "replicas": "engines beside dp",
+    "quantization": "as vLLM's option of that name",
+    "kv": "as vLLM's kv_cache_dtype",
 }
 
 
@@ -214,18 +216,21 @@ def _even(num_layers: int, parts: int) -> tuple[int, ...]:
     return tuple(least + (i < more) for i in range(parts))
 
 
-def parse_generator(text: str, folder: Path, precision: str) -> tuple[EngineSpec, int]:
-    """The engine that `GENERATOR_KEYS` describe and the number of its replicas. Raises as `parse_trainer`."""
-    n = _numbers(parse_sizes(text, GENERATOR_KEYS), text)
+def parse_generator(text: str, engine: EngineSpec) -> tuple[EngineSpec, int]:
+    """`engine` with the sizes that `GENERATOR_KEYS` describe, and the number of its replicas. Raises as above."""
+    given = parse_sizes(text, GENERATOR_KEYS)
+    quantization, cache = given.pop("quantization", engine.quantization), given.pop("kv", engine.kv_cache_dtype)
+    n = _numbers(given, text)
     spread = bool(n.get("ep", 0))
-    spec = EngineSpec(
-        str(folder),
+    spec = replace(
+        engine,
         tp=n.get("tp", 1),
         pp=n.get("pp", 1),
         expert_parallel=spread,
         dp=n.get("dp", 1) if spread else 1,
         redundant_experts=n.get("redundant", 0),
-        precision=precision,
+        quantization=quantization,
+        kv_cache_dtype=cache,
     )
     return spec, n.get("replicas", 1) * (1 if spread else n.get("dp", 1))
 

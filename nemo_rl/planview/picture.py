@@ -68,7 +68,7 @@ def _marks(axes: Any, nodes: Sequence[Node], ranks: Sequence[RankView], x: float
 def _bars(view: PlanView, axes: Any) -> None:
     for ranks, sign, fill in ((view.trainers, 1, "#4c78a8"), (view.generators, -1, "#f58518")):
         heights = [sign * rank.wire_bytes / 1e9 for rank in ranks]
-        axes.bar(range(len(ranks)), heights, width=0.85, color=fill)
+        axes.bar(range(len(ranks)), heights, width=0.85 if len(ranks) <= 64 else 1.0, color=fill)
     axes.axhline(0, color="#344054", linewidth=0.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="rank of its side", ylabel="GB   received (down), sent (up)", title="bytes per rank over links")

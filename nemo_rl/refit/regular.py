@@ -40,14 +40,17 @@ def describe_layouts(layouts: Mapping[int, Layout], meshes: Sequence[Axes]) -> l
     for axes in meshes:
         if math.prod(axes.values()) != len(layouts):
             raise ValueError(f"mesh {dict(axes)} does not have {len(layouts)} ranks")
-    table = {name: meta for layout in layouts.values() for name, meta in layout.table.items()}
-    held = _held([layouts[rank] for rank in sorted(layouts)], table)
+    distinct = {id(layout): layout for layout in layouts.values()}
+    place_of = {key: i for i, key in enumerate(distinct)}
+    which = [place_of[id(layouts[rank])] for rank in sorted(layouts)]
+    table = {name: meta for layout in distinct.values() for name, meta in layout.table.items()}
+    held = _held(list(distinct.values()), table)
     known: dict[bytes, str] = {}
     count: dict[tuple[str, TensorMeta, str], int] = {}
     for boxes, (name, meta) in zip(held, table.items(), strict=True):
         key = boxes.tobytes() + str(meta.shape).encode()
         if key not in known:
-            known[key] = _describe(boxes, meta.shape, meshes)
+            known[key] = _describe(boxes[which], meta.shape, meshes)
         kind = (_NUMBER.sub("*", name), meta, known[key])
         count[kind] = count.get(kind, 0) + 1
     place = {pattern: i for i, pattern in enumerate(natural_order({pattern for pattern, _, _ in count}))}
@@ -58,16 +61,13 @@ def describe_layouts(layouts: Mapping[int, Layout], meshes: Sequence[Axes]) -> l
 
 
 def _held(layouts: Sequence[Layout], table: TensorTable) -> np.ndarray:
-    """int32 of (tensor, rank, 1 + 2 x dims): what the rank has of it (absent, a box, pieces), first and end indices."""
+    """int32 of (tensor, layout, 1 + 2 x dims): what is held of it (absent, a box, pieces), first and end indices."""
     index = {name: i for i, name in enumerate(table)}
     ndim = max((len(meta.shape) for meta in table.values()), default=0)
     out = np.zeros((len(table), len(layouts), 1 + 2 * ndim), np.int32)
-    made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for rank, layout in enumerate(layouts):
-        if id(layout) not in made:
-            made[id(layout)] = _bounding(layout, index, ndim)
-        tensors, boxes = made[id(layout)]
-        out[tensors, rank] = boxes
+    for at, layout in enumerate(layouts):
+        tensors, boxes = _bounding(layout, index, ndim)
+        out[tensors, at] = boxes
     return out
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl import cli
+from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.planview import build
 from nemo_rl.planview.model import load_view
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
@@ -88,15 +89,17 @@ def test_trainers_as_people_write_them(text, want):
 
 
 def test_generators_as_people_write_them():
-    spec, replicas = build.parse_generator("tp=4,dp=2,ep=1,replicas=3,redundant=8", Path("m"), "bfloat16")
+    spec, replicas = build.parse_generator("tp=4,dp=2,ep=1,replicas=3,redundant=8", EngineSpec("m"))
     assert (spec.tp, spec.dp, spec.expert_parallel, spec.redundant_experts, replicas) == (4, 2, True, 8, 3)
-    spec, replicas = build.parse_generator("tp=4,dp=2,replicas=3", Path("m"), "bfloat16")
+    spec, replicas = build.parse_generator("tp=4,dp=2,replicas=3", EngineSpec("m"))
     assert (spec.tp, spec.dp, spec.expert_parallel, replicas) == (4, 1, False, 6)
+    spec, _ = build.parse_generator("quantization=fp8_per_channel,kv=fp8", EngineSpec("m", precision="float32"))
+    assert spec == EngineSpec("m", precision="float32", quantization="fp8_per_channel", kv_cache_dtype="fp8")
 
 
 def test_every_rank_has_its_place():
     """The coordinates that the drawings show are those that the layouts were made with."""
-    engine, replicas = build.parse_generator("tp=2,pp=2,dp=2,ep=1,replicas=2", Path("m"), "bfloat16")
+    engine, replicas = build.parse_generator("tp=2,pp=2,dp=2,ep=1,replicas=2", EngineSpec("m"))
     request = build.PlanRequest("m", Path("m"), Parallel(1), engine, replicas)
     at = [build._generator_at(rank, request) for rank in range(16)]
     assert at[0] == {"replica": 0, "dp": 0, "pp": 0, "tp": 0} and at[-1] == {"replica": 1, "dp": 1, "pp": 1, "tp": 1}

@@ -23,7 +23,7 @@ ARROWS = {
     "grpo": {"refit", "config"},
     "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
     "planview": {"refit", "trainer", "generator"},
-    "cli": {"config", "planview", "preflight", "topology", "trainer"},
+    "cli": {"config", "generator", "planview", "preflight", "topology", "trainer"},
     "driver": {"actors", "cluster", "config", "grpo", "metrics", "preflight", "topology"},
     "topology": {"config", "trainer"},
     "cluster": {"config", "refit", "topology"},
