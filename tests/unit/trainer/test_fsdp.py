@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.layout import TensorMeta, natural_order
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.session import RefitSession
 from nemo_rl.trainer import families
 from nemo_rl.trainer.fsdp import FsdpSource, simulate_fsdp
 from nemo_rl.trainer.model import model_shape
+from tests.unit.refit.simulated import PlainLanding
 from tests.unit.trainer.models import make_config, make_model, token_batch
 from tests.unit.trainer.ranks import run_ranks
 from tests.unit.trainer.test_simulated import assert_tiled
@@ -106,6 +110,52 @@ def test_ranks_hold_the_checkpoint_as_simulated(held: dict[str, Any], name: str)
         assert said["alive"], "an optimizer step changes the values in the views"
         assert said["moved"] > len(said["rows"]) // 2
         assert said["unused"] == ({"lm_head.weight": "tied to model.embed_tokens.weight"} if kind == "biased" else {})
+
+
+def refit(rank: int, meet: str, port: int) -> list[dict[tuple[str, Region], torch.Tensor]]:
+    """In a child: ranks 0 to 2 train, rank 3 receives; what each holds after the refits before and after a step."""
+    world, store, options = World.of(3, 1), ("127.0.0.1", port), RefitOptions(bucket_bytes=4096, deadline_s=60)
+    table = families.table(model_shape(make_config("latent")), torch.float32)
+    rows = [(fqn, Region.whole(meta.shape)) for fqn, meta in table.items()]
+    landing, source = PlainLanding(rows), None
+    if rank < 3:
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=3)
+        model, _ = sharded("latent", 1, 0)
+        source = FsdpSource(model)
+    session = RefitSession(rank, world, store, options, source, None if source else landing)
+    session.connect()
+    session.plan()
+    out = []
+    for version in (0, 1):
+        if source is None:
+            landing.scramble()
+        elif version:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.5)
+        assert session.refit(version).verified
+        held = zip(rows, landing.storage, strict=True) if source is None else _held(source)
+        out.append({row: view.clone() for row, view in held})
+    session.close()
+    return out
+
+
+def _held(source: FsdpSource) -> Iterator[tuple[tuple[str, Region], torch.Tensor]]:
+    return (((h.fqn, h.region), h.view) for h in source.holdings())
+
+
+def test_a_refit_brings_live_shards_to_a_generator() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    *trainers, received = run_ranks(refit, 4, store.port)
+    for version in (0, 1):
+        whole = {fqn: tensor for (fqn, _), tensor in received[version].items()}
+        assert set(whole) == set(families.table(model_shape(make_config("latent")), torch.float32))
+        for held in trainers:
+            assert all(torch.equal(part_of(whole, *row), view) for row, view in held[version].items())
+    first, second = ({f: t for (f, _), t in received[v].items()} for v in (0, 1))
+    assert {f for f in first if torch.equal(first[f], second[f])} == {
+        f for f in first if f.endswith("e_score_correction_bias")
+    }
 
 
 def test_replicas_share_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,6 @@ def test_the_layout_with_wrong_expert_gradients_is_refused(expert_tensor: int) -
     ],
 )
 def test_single_violations(parallel: Parallel, text: str) -> None:
-    import re
-
     found = check_parallel(make_config("dense"), parallel)
     assert any(re.search(text, f) for f in found), found
 
@@ -102,6 +101,52 @@ def test_what_the_rules_do_not_cover_is_refused_all_at_once() -> None:
     assert [any(word in f for f in found) for word in ("attention_bias", "hidden_act", "yarn", "3 trainer ranks")] == [
         True
     ] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "parallel", "text"),
+    [
+        (
+            "latent",
+            {"num_experts_per_tok": 2},
+            Parallel(1),
+            "num_experts_per_tok=2 with topk_group=2: .* must be equal",
+        ),
+        ("latent", {"norm_topk_prob": False}, Parallel(1), "norm_topk_prob=false: .* choose a model with true"),
+        ("latent", {"moe_layer_freq": 2}, Parallel(1), "moe_layer_freq=2: .* choose a model with 1"),
+        ("latent", {"topk_method": "greedy"}, Parallel(1), "topk_method='greedy': the router must be noaux_tc"),
+        ("latent", {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}, Parallel(1), "set num_nextn_predict_"),
+        ("latent", {"attention_bias": True}, Parallel(1), "attention_bias=true is not covered"),
+        (
+            "latent",
+            {"n_shared_experts": 1, "moe_intermediate_size": 47},
+            Parallel(2, tensor=2, expert=2),
+            "the 47 columns",
+        ),
+        ("hybrid", {}, Parallel(1), "Mamba2 mixers need kernels that the trainer does not bring"),
+        ("hybrid", {"n_groups": 1}, Parallel(2, tensor=2, expert=2), "the 1 groups of a Mamba2 mixer; choose one of 1"),
+        ("hybrid", {"use_conv_bias": False}, Parallel(1), "use_conv_bias=False is not covered .* with True"),
+        ("hybrid", {"num_nextn_predict_layers": 1}, Parallel(1), "draft layers are not covered"),
+        ("hybrid", {}, Parallel(3, pipeline=3, virtual_pipeline=2), "set virtual_pipeline_model_parallel_size=1"),
+        ("hybrid", {}, Parallel(4, pipeline=4, pipeline_layers=(1, 1, 3, 1)), "those between the first and the last"),
+    ],
+)
+def test_what_a_family_does_not_cover_is_refused(
+    kind: str, changes: dict[str, Any], parallel: Parallel, text: str
+) -> None:
+    found = check_parallel(make_config(kind, **changes), parallel)
+    assert any(re.search(text, f) for f in found), found
+
+
+def test_scales_of_a_cache_are_held_of_plain_attention_alone() -> None:
+    scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
+    plain, latent = make_config("dense"), make_config("latent")
+    plain.quantization_config = latent.quantization_config = scheme
+    assert check_parallel(plain, Parallel(1)) == []
+    assert model_shape(plain).cache_scales == "kvq"
+    assert any("kv_cache_scheme" in f for f in check_parallel(latent, Parallel(1)))
+    plain.quantization_config = {**scheme, "config_groups": {"group_0": {}}}
+    assert any("'compressed-tensors' with weight_block_size=None" in f for f in check_parallel(plain, Parallel(1)))
 
 
 def test_a_configuration_is_read_from_its_folder(tmp_path: Path) -> None:
