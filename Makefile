@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup grpo grpo-moe test lint clean
+.PHONY: help setup grpo grpo-moe golden test lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ grpo: setup ## Train the dense model with GRPO (more overrides: ARGS="key=value 
 
 grpo-moe: setup ## Train the mixture-of-experts model with GRPO
 	$(BIN)/python examples/run_grpo.py --config examples/configs/grpo_qwen3_moe_tiny_cpu.yaml $(ARGS)
+
+golden: setup ## Refit every family over every layout (a part: ARGS="--level 0 -k qwen3"); outputs/golden/report.md
+	$(BIN)/python -W ignore -m tests.golden.run $(ARGS)
 
 lint: setup ## Style and types
 	$(BIN)/ruff check .

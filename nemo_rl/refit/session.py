@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,6 +67,7 @@ class RefitSession:
         landing: on a generator, where it lands.
         device: where this rank's tensors and buffers are.
         channel: an open channel to use instead of one of the session's own (simulated ranks).
+        planner: makes the plan, in the way of `plan_refit`; ranks of one process may share the work.
 
     A session that failed once is poisoned: every later call raises PoisonedError with the first failure.
     """
@@ -81,6 +82,7 @@ class RefitSession:
         landing: Landing | None = None,
         device: torch.device = _CPU,
         channel: Channel | None = None,
+        planner: Callable[..., RefitPlan] = plan_refit,
     ) -> None:
         if (source is not None) != (rank in world.trainers) or (landing is not None) != (rank in world.generators):
             raise ValueError(
@@ -90,7 +92,7 @@ class RefitSession:
             raise ValueError(f"transport '{options.transport}' is not one of {', '.join(NAMES)}")
         self.rank, self.world, self.options = rank, world, options
         self._address, self._source, self._landing = store, source, landing
-        self._device, self._given_channel = device, channel
+        self._device, self._given_channel, self._planner = device, channel, planner
         self._failure: RefitError | None = None
         self._version: int | None = None
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
@@ -167,7 +169,7 @@ class RefitSession:
         try:
             if said.problems:
                 raise Refusal(said.problems)
-            return plan_refit(
+            return self._planner(
                 self.world,
                 said.sources,
                 declarations,
