@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,16 +19,27 @@ from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.generator.twin import load_rank, trace_rank
 from nemo_rl.refit.layout import TensorTable
 from nemo_rl.refit.trace import Trace
-from nemo_rl.trainer.exports import stacked_experts, with_cache_scales
+from nemo_rl.trainer.exports import adapters_alone, stacked_experts, with_cache_scales
 from nemo_rl.trainer.fsdp import simulate_fsdp
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 from nemo_rl.trainer.simulated import SimulatedTrainer, simulate
-from tests.golden.families import CONFIGS, checkpoint_table, random_tensors
+from tests.golden import adapters
+from tests.golden.families import checkpoint_table, random_tensors
 from tests.golden.matrix import Generator, Model, Row, Trainer
 
 Tensors = dict[str, torch.Tensor]
 SEEDS = {"A": 1, "B": 2}
 """Two sets of weights; a row refits A, B and A again."""
+
+
+FORMS: Mapping[str, Callable[[SimulatedTrainer], SimulatedTrainer]] = {
+    "stacked": stacked_experts,
+    "cache_scales": with_cache_scales,
+    "adapters": lambda trainer: adapters_alone(trainer, adapters.RANK, adapters.TARGETS),
+}
+"""How trainers give their tensors out, where not as they are."""
+TRAINED: Mapping[str, Mapping[str, Any]] = {"cache_scales": {"quantization_config": None}}
+"""Keys of the trainers' own configuration: the scales of a cache are no quantization of weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +82,11 @@ class Bench:
         trainer = self.trainer(row.model, row.trainer)
         table = trainer.table
         places = [place for g in row.generators for place in self._places(row.model, g)]
-        traces = [self._trace(spec, role, table) for spec, role in places]
+        traces = [self._trace(spec, role, row, table) for spec, role in places]
         bits = not any(trace.misc for trace in traces)  # loaders compute with misc tensors: no NaN in them
         weights = {name: self._values(row.model, table, name, bits) for name in SEEDS}
         targets = tuple(
-            Target(spec, role, trace, {n: self._load(spec, role, n, bits, weights[n]) for n in SEEDS})
+            Target(spec, role, trace, {n: self._load(spec, role, row, n, bits, weights[n]) for n in SEEDS})
             for (spec, role), trace in zip(places, traces, strict=True)
         )
         return Case(row, trainer, weights, targets, self._unlike(row.model, table))
@@ -104,20 +116,21 @@ class Bench:
         return self._formed(model, Parallel(1))
 
     def _formed(self, model: Model, parallel: Parallel) -> SimulatedTrainer:
-        trainer = simulate(model_shape(read_config(self.path(model))), parallel, torch.bfloat16)
-        if model.form == "stacked":
-            return stacked_experts(trainer)
-        if model.form == "cache_scales":
-            return with_cache_scales(trainer, module="self_attn.attn", size=())
-        assert not model.form, model
-        return trainer
+        if model.trainer and model.trainer not in FORMS:
+            raise ValueError(f"{model.name}: trainer {model.trainer} is none of {', '.join(FORMS)}")
+        path = self._folder(f"{model.name}-trained", {**model.settings, **TRAINED.get(model.trainer, {})})
+        trainer = simulate(model_shape(read_config(path)), parallel, torch.bfloat16)
+        return FORMS[model.trainer](trainer) if model.trainer else trainer
 
     def path(self, model: Model) -> Path:
         """The folder with the model's configuration."""
-        folder = self.folder / model.name
+        return self._folder(model.name, model.settings)
+
+    def _folder(self, name: str, settings: Mapping[str, Any]) -> Path:
+        folder = self.folder / name
         if not folder.exists():
             folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps({**CONFIGS[model.of], **model.config}))
+            (folder / "config.json").write_text(json.dumps(settings))
         return folder
 
     def _places(self, model: Model, generator: Generator) -> list[tuple[EngineSpec, int]]:
@@ -137,9 +150,10 @@ class Bench:
         )
         return [(spec, rank % spec.num_ranks) for rank in range(g.num_ranks)]
 
-    def _trace(self, spec: EngineSpec, role: int, table: TensorTable) -> Trace:
+    def _trace(self, spec: EngineSpec, role: int, row: Row, table: TensorTable) -> Trace:
         if (spec, role) not in self._traces:
-            self._traces[spec, role] = trace_rank(spec, role, table)
+            look = adapters.trace if row.model.trainer == "adapters" else trace_rank
+            self._traces[spec, role] = look(spec, role, table)
         return self._traces[spec, role]
 
     def _values(self, model: Model, table: TensorTable, name: str, bits: bool) -> Tensors:
@@ -149,15 +163,16 @@ class Bench:
             self._weights[key] = make(table, SEEDS[name])
         return self._weights[key]
 
-    def _load(self, spec: EngineSpec, role: int, name: str, bits: bool, values: Tensors) -> Tensors:
+    def _load(self, spec: EngineSpec, role: int, row: Row, name: str, bits: bool, values: Tensors) -> Tensors:
         key = (spec, role, name, bits)
         if key not in self._wanted:
-            self._wanted[key] = load_rank(spec, role, values.items())
+            load = adapters.load if row.model.trainer == "adapters" else load_rank
+            self._wanted[key] = load(spec, role, values.items())
         return self._wanted[key]
 
     def _unlike(self, model: Model, table: TensorTable) -> tuple[str, ...]:
         """Tensors that trainers give out and a checkpoint of the family does not hold so, or the other way round."""
-        if model.config:
+        if model.config or model.trainer == "adapters":  # a table of other sizes, or of no checkpoint of the model
             return ()
         wanted = checkpoint_table(model.of)
         return tuple(sorted(f for f in wanted.keys() | table.keys() if wanted.get(f) != table.get(f)))

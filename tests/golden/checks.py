@@ -39,7 +39,14 @@ class Verdict:
 
 def judge(case: Case, outcome: Outcome) -> list[Verdict]:
     """Every check of a case that ran."""
-    return [cover(case), used(case, outcome), equal(case, outcome), moved(case, outcome), staging(outcome), bulk(case, outcome)]
+    return [
+        cover(case),
+        used(case, outcome),
+        equal(case, outcome),
+        moved(case, outcome),
+        staging(outcome),
+        bulk(case, outcome),
+    ]
 
 
 # ---- 1: exact cover, and every trainer tensor accounted for
@@ -102,7 +109,9 @@ def used(case: Case, outcome: Outcome) -> Verdict:
     """Every trainer tensor travels or is unused with a reason; trainers give out what a checkpoint holds."""
     plan, table = outcome.plan, case.trainer.table
     travels = {plan.names[i] for i in np.unique(plan.bulk.tensor).tolist()} | set(plan.misc_fqns)
-    wrong = [f"{f}: does not travel, and no reason is given" for f in table if f not in travels and not plan.unused.get(f)]
+    wrong = [
+        f"{f}: does not travel, and no reason is given" for f in table if f not in travels and not plan.unused.get(f)
+    ]
     wrong += [f"{f}: travels, and is called unused" for f in travels if f in plan.unused]
     wrong += [f"{f}: not as in a checkpoint of the family" for f in case.differs_from_checkpoint]
     reasons = Counter(plan.unused.values())
@@ -167,9 +176,11 @@ def moved(case: Case, outcome: Outcome) -> Verdict:
     )
     messages = plan.bulk.messages
     wire = int(messages[messages[:, 1] != messages[:, 2], 5].sum())
-    wrong = [] if plan.bulk_bytes == plan.required_bytes == least else [
-        f"{plan.bulk_bytes} bytes are planned, {plan.required_bytes} required, the loaders take {least}"
-    ]
+    wrong = (
+        []
+        if plan.bulk_bytes == plan.required_bytes == least
+        else [f"{plan.bulk_bytes} bytes are planned, {plan.required_bytes} required, the loaders take {least}"]
+    )
     for number, reports in enumerate(outcome.reports, 1):
         total = sum(r.bulk_bytes for r in reports.values())
         if total != 2 * wire:
@@ -183,13 +194,14 @@ def moved(case: Case, outcome: Outcome) -> Verdict:
 
 
 def staging(outcome: Outcome) -> Verdict:
-    """Message buffers stay within 2 x streams x bucket, whole tensors within their packed buffers."""
+    """Message buffers stay within 2 x streams x bucket; gathering whole tensors takes as much again, and their buffers."""
     bound = 2 * OPTIONS.num_streams * OPTIONS.bucket_bytes
-    whole = sum(b.num_bytes for b in outcome.plan.misc_buffers)
+    if outcome.plan.misc_fqns:
+        bound = 2 * bound + sum(b.num_bytes for b in outcome.plan.misc_buffers)
     top = max(r.staging_bytes for reports in outcome.reports for r in reports.values())
     largest = max((outcome.plan.table[n].num_bytes for n in _bulk_names(outcome)), default=0)
-    wrong = (f"{top} bytes of buffers, {bound + whole} allowed",) if top > bound + whole else ()
-    return Verdict("staging", wrong, f"{top} bytes, bound {bound + whole}, largest tensor {largest}")
+    wrong = (f"{top} bytes of buffers, {bound} allowed",) if top > bound else ()
+    return Verdict("staging", wrong, f"{top} bytes, bound {bound}, largest tensor {largest}")
 
 
 def _bulk_names(outcome: Outcome) -> set[str]:

@@ -54,7 +54,12 @@ class SharedPlanner:
         self._lock, self._plans = threading.Lock(), dict[Any, RefitPlan]()
 
     def __call__(
-        self, world: World, sources: Mapping[int, Layout], declarations: Mapping[int, Declaration], *args: Any, **kw: Any
+        self,
+        world: World,
+        sources: Mapping[int, Layout],
+        declarations: Mapping[int, Declaration],
+        *args: Any,
+        **kw: Any,
     ) -> RefitPlan:
         said = tuple((r, d.layout.digest, tuple(d.misc.items()), d.problems) for r, d in sorted(declarations.items()))
         key = (world, tuple((r, lay.digest) for r, lay in sorted(sources.items())), said, repr((args, kw)))

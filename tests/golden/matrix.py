@@ -26,7 +26,7 @@ class Model:
         of: its name in `families.py`.
         config: keys of its `config.json` to change.
         bulk: least share of its bytes that must travel as bulk; below 0.995 `why` says the reason.
-        form: `stacked` or `cache_scales`: how the trainer gives its tensors out, where not as they are.
+        trainer: `stacked`, `cache_scales` or `adapters`: how trainers give their tensors out, where not as they are.
         why: what is to be said of it in the report.
     """
 
@@ -34,8 +34,13 @@ class Model:
     of: str
     config: Mapping[str, Any] = field(default_factory=dict)
     bulk: float = _BULK
-    form: str = ""
+    trainer: str = ""
     why: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its `config.json`."""
+        return {**CONFIGS[self.of], **self.config}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,6 @@ def _made(kind: type[T], given: Mapping[str, Any]) -> T:
     if given.keys() - known:
         raise ValueError(f"{dict(given)}: unknown keys {sorted(given.keys() - known)}; known: {sorted(known)}")
     return kind(**given)
-
 
 
 def _sizes(layout: Trainer | Generator) -> str:

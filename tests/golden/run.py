@@ -19,7 +19,6 @@ os.environ.update(PREFLIGHT_ENV)  # before anything imports vLLM
 
 from rich.console import Console  # noqa: E402
 
-from nemo_rl.refit.errors import RefitError  # noqa: E402
 from tests.golden.case import Bench, Case  # noqa: E402
 from tests.golden.checks import Verdict, judge  # noqa: E402
 from tests.golden.execute import Outcome, simulate  # noqa: E402
@@ -84,8 +83,8 @@ def _refused(bench: Bench, row: Row) -> Verdict:
     """The row must be refused, in the words that it states."""
     try:
         _run(bench.case(row))
-    except (RefitError, ValueError) as error:
-        said = str(error)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
         return Verdict("refused", () if row.refused in said else (f"in other words: {said}",), said[:200])
     return Verdict("refused", (f"it ran, and '{row.refused}' was due",))
 
@@ -93,7 +92,9 @@ def _refused(bench: Bench, row: Row) -> Verdict:
 def _show(console: Console, number: int, count: int, result: Result) -> None:
     style = "green" if result.status == PASSED else "red"
     wrong = "; ".join(f"{v.check}: {v.text}" for v in result.verdicts if not v.ok)
-    console.print(f"{number}/{count} [{style}]{result.status}[/] {result.row.name} ({result.seconds:.1f} s)", highlight=False)
+    console.print(
+        f"{number}/{count} [{style}]{result.status}[/] {result.row.name} ({result.seconds:.1f} s)", highlight=False
+    )
     if wrong or result.row.not_covered:
         console.print(f"    {wrong or result.row.not_covered}", markup=False, highlight=False)
 
