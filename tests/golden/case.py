@@ -1,4 +1,4 @@
-"""What the rows share: a model's folder, its trainers, two sets of weights, and what the engine's own loader makes of them.
+"""What rows share: models, trainers, two sets of weights, and what the engine's own loader makes of them.
 
 Everything is cached by (model, engine, rank): one process serves many rows. It needs `PREFLIGHT_ENV` in its environment
 and no default process group.
@@ -72,7 +72,6 @@ class Bench:
     """Makes cases, and keeps what they have in common. `folder` takes the configurations of models."""
 
     folder: Path
-    _tables: dict[str, TensorTable] = field(default_factory=dict)
     _weights: dict[tuple[str, str, bool], Tensors] = field(default_factory=dict)
     _traces: dict[tuple[EngineSpec, int], Trace] = field(default_factory=dict)
     _wanted: dict[tuple[EngineSpec, int, str, bool], Tensors] = field(default_factory=dict)
@@ -93,9 +92,8 @@ class Bench:
 
     def trainer(self, model: Model, layout: Trainer) -> SimulatedTrainer:
         """Every rank of the trainers."""
-        whole = self._whole(model)
         if layout.kind == "fsdp":
-            return simulate_fsdp(whole.table, layout.num_ranks, dim=layout.dim, replicas=layout.replicas)
+            return simulate_fsdp(self._table(model), layout.num_ranks, dim=layout.dim, replicas=layout.replicas)
         parallel = Parallel(
             layout.num_ranks,
             tensor=layout.tp,
@@ -112,8 +110,9 @@ class Bench:
         )
         return self._formed(model, parallel)
 
-    def _whole(self, model: Model) -> SimulatedTrainer:
-        return self._formed(model, Parallel(1))
+    def _table(self, model: Model) -> TensorTable:
+        """Of a checkpoint; FSDP needs no rule of Megatron's."""
+        return self._formed(model, Parallel(1)).table if _unusual(model) else checkpoint_table(model.of)
 
     def _formed(self, model: Model, parallel: Parallel) -> SimulatedTrainer:
         if model.trainer and model.trainer not in FORMS:
@@ -167,15 +166,21 @@ class Bench:
         key = (spec, role, name, bits)
         if key not in self._wanted:
             load = adapters.load if row.model.trainer == "adapters" else load_rank
-            self._wanted[key] = load(spec, role, values.items())
+            own = ((fqn, value.clone()) for fqn, value in values.items())  # some loaders write into what they are given
+            self._wanted[key] = load(spec, role, own)
         return self._wanted[key]
 
     def _unlike(self, model: Model, table: TensorTable) -> tuple[str, ...]:
         """Tensors that trainers give out and a checkpoint of the family does not hold so, or the other way round."""
-        if model.config or model.trainer == "adapters":  # a table of other sizes, or of no checkpoint of the model
+        if _unusual(model):
             return ()
         wanted = checkpoint_table(model.of)
         return tuple(sorted(f for f in wanted.keys() | table.keys() if wanted.get(f) != table.get(f)))
+
+
+def _unusual(model: Model) -> bool:
+    """Its tensors are not those of the family's checkpoint: other sizes, or adapters alone."""
+    return bool(model.config) or model.trainer == "adapters"
 
 
 _ONE_AT_A_TIME = threading.Lock()

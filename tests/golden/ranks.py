@@ -1,4 +1,4 @@
-"""The two ends of a refit without Megatron and without an engine: strided tensors of the shapes that both sides have."""
+"""The two ends of a refit without Megatron and without an engine: strided tensors of the shapes of both sides."""
 
 from __future__ import annotations
 
