@@ -195,7 +195,7 @@ class AdapterLanding:
         layout = Layout.from_regions([(row.fqn, row.region) for row in self._rows], table, self._units)
         problems = (*trace.problems, *self._problems(trace, table))
         log.info("%d rows, %d misc tensors; %d parameters frozen", len(layout), len(misc), len(self.frozen))
-        return Declaration(layout, misc, problems)
+        return Declaration(layout, misc, problems, kept=self.frozen)
 
     def _problems(self, trace: Trace, table: TensorTable) -> Iterator[str]:
         if not self.frozen:

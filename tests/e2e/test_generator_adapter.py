@@ -36,6 +36,7 @@ SIZES = {
     "down_proj": (256, 128),
 }
 """Target -> (in, out); of the packed `qkv_proj` and `gate_up_proj` some parts have no adapter."""
+FROZEN = "frozen: loaded when the engine started"
 FILE = "adapter_model.safetensors"
 CALM = {"initializer_range": 0.05}
 
@@ -105,10 +106,12 @@ def main(folder: Path) -> dict[str, bool]:
 def lands(engine: VllmEngine, fresh: dict[str, Any], a: str, b: str) -> dict[str, bool]:
     source = FileSource(a, FILE)
     held, found = sum(t.nbytes for t in source.tensors.values()), {}
-    before = seen_by(engine)
+    before, (names,) = seen_by(engine), engine.read_parameters()
     found["the base answers before"] = differ(before, fresh[a])
     for transport, start in (("gloo", 1), ("broadcast", 4)):
         with trained(engine, source, RefitOptions(transport=transport, deadline_s=30)) as refit:
+            (kept,) = engine.collective_rpc(kept_parameters)
+            found[f"the plan by {transport} says that the base is kept"] = kept == dict.fromkeys(names, FROZEN)
             for version, path in enumerate((a, b, a), start):
                 for name, tensor in load_file(f"{path}/{FILE}").items():
                     source.tensors[name].copy_(tensor)
@@ -118,6 +121,10 @@ def lands(engine: VllmEngine, fresh: dict[str, Any], a: str, b: str) -> dict[str
                 found[f"{version}: bytes by {transport}"] = moved == ((held, 0) if transport == "gloo" else (0, held))
                 found[f"{version}: {Path(path).name} by {transport}"] = equal(seen_by(engine), fresh[path])
     return found
+
+
+def kept_parameters(worker: Any) -> dict[str, str]:
+    return dict(worker._refit_session._agreed.plan.kept)
 
 
 def garble(worker: Any) -> None:
