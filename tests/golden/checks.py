@@ -194,7 +194,7 @@ def moved(case: Case, outcome: Outcome) -> Verdict:
 
 
 def staging(outcome: Outcome) -> Verdict:
-    """Message buffers stay within 2 x streams x bucket; to gather whole tensors takes as much again, and the tensors."""
+    """Message buffers stay within 2 x streams x bucket; whole tensors take as much again and their size."""
     bound = 2 * OPTIONS.num_streams * OPTIONS.bucket_bytes
     if outcome.plan.misc_fqns:
         bound = 2 * bound + sum(b.num_bytes for b in outcome.plan.misc_buffers)
