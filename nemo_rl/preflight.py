@@ -22,7 +22,7 @@ from nemo_rl.trainer import families
 from nemo_rl.trainer.model import check_parallel, model_shape, read_config
 
 PRECISIONS = ("float32", "bfloat16")
-TRANSPORTS = ("auto", "peer", "gloo", "golden")
+TRANSPORTS = ("auto", "peer", "nccl", "gloo", "golden")
 START_MODEL = "start_model"
 
 

@@ -58,7 +58,7 @@ class Source(Protocol):
         """Every Hugging Face tensor of the whole model that the family rule exports, held by this rank or not."""
 
     def holdings(self) -> list[Holding]:
-        """Live views of this rank's parameters; their storage stays the same across optimizer steps."""
+        """Live views of this rank's parameters; the same objects again say that storage stayed where it was."""
 
     def unused(self) -> Mapping[str, str]:
         """Trainer tensors that are not exported, with the reason."""
@@ -95,7 +95,10 @@ class Landing(Protocol):
         """Start of an update on a paused engine; until `commit` the engine refuses to generate."""
 
     def open(self, unit: int) -> Mapping[int, torch.Tensor]:
-        """Row -> load-format view for every row of `unit`; views stay valid until `close(unit)`."""
+        """Row -> load-format view for every row of `unit`; views stay valid until `close(unit)`.
+
+        The same mapping again says that storage stayed where it was.
+        """
 
     def close(self, unit: int) -> None:
         """All rows of `unit` landed: run the engine's own processing of that module and free its staging."""
@@ -118,7 +121,7 @@ class RefitOptions:
     """Knobs of a session.
 
     Attributes:
-        transport: `auto`, `peer`, `gloo`, `golden` or `broadcast` (the conventional refit).
+        transport: `auto`, `peer`, `nccl`, `gloo`, `golden` or `broadcast` (the conventional refit).
         bucket_bytes: largest message.
         num_streams: messages in flight per rank and direction; bounds extra memory to
             `2 * num_streams * bucket_bytes`.

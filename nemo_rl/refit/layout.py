@@ -56,6 +56,18 @@ class Holding:
             )
 
 
+class SourceViews:
+    """Views of what is held, by row and region; another object where holdings are other objects."""
+
+    def __init__(self, holdings: Sequence[Holding]) -> None:
+        self._holdings = holdings
+
+    def __call__(self, row: int, region: Region) -> torch.Tensor:
+        """Exactly `region`, which lies in what row `row` holds."""
+        holding = self._holdings[row]
+        return holding.view[region.slices_in(holding.region)]
+
+
 def natural_order(fqns: Iterable[str]) -> list[str]:
     """Names sorted with their numbers as numbers (`layers.2` before `layers.10`)."""
     return sorted(fqns, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])

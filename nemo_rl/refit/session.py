@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,15 @@ from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
+from nemo_rl.refit.device import finish
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
-from nemo_rl.refit.layout import Holding, Layout
+from nemo_rl.refit.layout import Holding, Layout, SourceViews
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
-from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.mover import Mover, Setting, Transport
 from nemo_rl.refit.transports.registry import NAMES, choose, open_channel, own_fact
@@ -103,6 +104,7 @@ class RefitSession:
         self._link_or_none: _Link | None = None
         self._agreed_or_none: _Agreed | None = None
         self._holdings: list[Holding] = []
+        self._src_view = SourceViews(())
 
     # ---- declare, plan, agree
 
@@ -150,7 +152,7 @@ class RefitSession:
     def _declare_source(self, problems: Sequence[str]) -> Declared:
         layout = None
         if self._source is not None:
-            self._holdings = list(self._source.holdings())
+            self._hold(list(self._source.holdings()))
             self._check_devices()
             layout = Layout.from_holdings(self._holdings, self._source.table())
         return share_sources(self._link.control, self._source, layout, problems)
@@ -212,8 +214,10 @@ class RefitSession:
             self._begin(version)
         with self._guarded("transfer"):
             bulk, tracker = self._move_bulk()
+            finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("misc"):
             packed, whole = self._move_misc()
+            finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("verify"):
             if tracker is not None:
                 tracker.digest_in_place()
@@ -259,6 +263,8 @@ class RefitSession:
         if self._source is None:
             return None
         fresh = list(self._source.holdings())
+        if len(fresh) == len(self._holdings) and all(map(operator.is_, fresh, self._holdings)):
+            return self._digest_source()
         if [(h.fqn, h.region) for h in fresh] != [(h.fqn, h.region) for h in self._holdings]:
             raise AgreementError(
                 "the source holds other regions than it declared",
@@ -266,8 +272,14 @@ class RefitSession:
                 phase="digest",
                 remedy="remake the session after the model or its layout changed",
             )
-        self._holdings = fresh
-        return None if self._agreed.verifier is None else self._agreed.verifier.look(fresh)
+        self._hold(fresh)
+        return self._digest_source()
+
+    def _hold(self, holdings: list[Holding]) -> None:
+        self._holdings, self._src_view = holdings, SourceViews(holdings)
+
+    def _digest_source(self) -> np.ndarray | None:
+        return None if self._agreed.verifier is None else self._agreed.verifier.look(self._holdings)
 
     def _begin(self, version: int) -> None:
         """Close the engine, and wait until all ranks have."""
@@ -275,10 +287,6 @@ class RefitSession:
             self._touched = True
             self._landing.begin(version)
         self._link.control.gather("begin", b"")
-
-    def _src_view(self, row: int, region: Region) -> torch.Tensor:
-        holding = self._holdings[row]
-        return holding.view[region.slices_in(holding.region)]
 
     def _move_bulk(self) -> tuple[Traffic, Tracker | None]:
         agreed, tracker = self._agreed, None

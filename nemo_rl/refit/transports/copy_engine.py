@@ -10,7 +10,7 @@ import torch
 
 from nemo_rl.refit.strided import Axis, Form, Jobs
 
-_SHORT = 128  # bytes of a row below which engines are slower than a kernel
+SHORT = 128  # bytes of a row below which engines are slower than a kernel
 _DEVICE_TO_DEVICE = 3
 _MAX_PITCH = (1 << 31) - 1
 
@@ -41,21 +41,21 @@ class CopyEngine:
         with torch.cuda.device(self._device):
             self._check(self._library.cudaMemcpyAsync(dst, src, num_bytes, _DEVICE_TO_DEVICE, stream.cuda_stream))
 
-    def prepare(self, jobs: Jobs, num_streams: int) -> list[Callable[[torch.cuda.Stream], None]]:
-        """One starter for each stream; together they move `jobs`."""
+    def prepare(self, jobs: Jobs, num_streams: int, short: int = SHORT) -> list[Callable[[torch.cuda.Stream], None]]:
+        """One starter for each stream; together they move `jobs`, rows of less than `short` bytes by kernel."""
         rows: list[Rows] = []
-        short: list[int] = []
+        by_kernel: list[int] = []
         for form, numbers in jobs.grouped().items():
-            if form.run < _SHORT and form.axes:
-                short += numbers.tolist()
+            if form.run < short and form.axes:
+                by_kernel += numbers.tolist()
             else:
                 for i in numbers.tolist():
                     rows += _rows(int(jobs.src[i]), int(jobs.dst[i]), form)
         parts = [self._starter(rows[first::num_streams]) for first in range(num_streams)]
-        if short:
+        if by_kernel:
             from nemo_rl.refit.transports.strided_kernel import StridedBatch  # Triton comes with CUDA builds of torch
 
-            batch = StridedBatch(jobs, short, self._device)
+            batch = StridedBatch(jobs, by_kernel, self._device)
             engine = parts[-1]
 
             def both(stream: torch.cuda.Stream) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from cuda.bindings import driver, runtime
 
+from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.copy_engine import CopyEngine
 
@@ -106,15 +106,8 @@ class CudaMemory:
 
     def wait(self, end: float) -> None:
         """Until the current stream is done. Raises TimeoutError, OSError."""
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self._device))
-        pause = 20e-6
         try:
-            while not done.query():
-                if time.monotonic() > end:
-                    raise TimeoutError("copies were not done within the deadline")
-                time.sleep(pause)
-                pause = min(2 * pause, 1e-3)
+            finish(self._device, end)
         except RuntimeError as error:
             raise OSError(str(error)) from error
 

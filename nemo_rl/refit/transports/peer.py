@@ -117,6 +117,7 @@ class Peer:
         self._readers = np.unique(copies.dst_rank[far & (copies.src_rank == self._rank)]).tolist()
         self._used = np.unique(copies.src_row[copies.src_rank == self._rank]).tolist()
         self._shown: Rows | None = None
+        self._seen: Callable[[int, Region], torch.Tensor] | None = None
         self._opened: dict[int, tuple[int, Rows]] = {}
         self._parts: tuple[list[list[Message]], list[Message]] | None = None
         self._ready: _Ready | None = None
@@ -157,6 +158,9 @@ class Peer:
 
     def _show(self, src_view: Callable[[int, Region], torch.Tensor]) -> bytes:
         """Where the rows that others read are; nothing where they are what was shown before."""
+        if src_view is self._seen:
+            return b""
+        self._seen = src_view
         layout = self._setting.sources[self._rank]
         views = {row: src_view(row, layout.region(row)) for row in self._used}
         rows, shown = Rows.of(views, layout), self._shown

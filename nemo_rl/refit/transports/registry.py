@@ -20,6 +20,7 @@ from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
+from nemo_rl.refit.transports.nccl import NcclChannel
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ def _gloo_unsupported(rank: int, world: World, facts: Facts) -> str | None:
     return _only_on("cpu", "gloo", facts)
 
 
+def _nccl_unsupported(rank: int, world: World, facts: Facts) -> str | None:
+    return _only_on("cuda", "nccl", facts)
+
+
 def _messages(setting: Setting) -> Pipeline:
     return setting.messages
 
@@ -48,12 +53,13 @@ TRANSPORTS: Mapping[str, Transport] = {
     for transport in (
         Transport("gloo", _gloo_unsupported, _messages),
         Transport("peer", peer.unsupported, peer.Peer),
+        Transport("nccl", _nccl_unsupported, _messages),
         Transport("golden", _any_one_device, Golden),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),
     )
 }
 
-AUTO = ("peer", "gloo")
+AUTO = ("peer", "nccl", "gloo")
 """What `auto` takes: the first of these that every rank supports; where a channel was given, what passes messages."""
 
 NAMES = ("auto", *TRANSPORTS)
@@ -93,4 +99,6 @@ def choose(control: Control, asked: str, fact: Fact) -> Transport:
 
 def open_channel(device: torch.device, store: dist.Store, rank: int, size: int, deadline_s: float) -> Channel:
     """The channel of buffers on `device`, connected to every rank. Raises RuntimeError where a rank does not answer."""
-    return GlooChannel(store, rank, size, deadline_s)
+    if device.type == "cpu":
+        return GlooChannel(store, rank, size, deadline_s)
+    return NcclChannel(store, rank, size, deadline_s, device)

@@ -1,4 +1,4 @@
-"""Strided boxes by one kernel launch for each item size: for rows so short that copy engines move them slowly.
+"""Strided boxes by one kernel launch for each item size and tile shape: for rows too short for copy engines.
 
 A box is cut into planes of rows and columns, one for each index of its other axes, and planes into tiles of a program
 each. Addresses may be those of another GPU.
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from nemo_rl.refit.strided import Axis, Form, Jobs
 
-_ROWS, _COLS = 16, 256  # of a tile
+_SHAPES = ((512, 8), (128, 32), (32, 128), (4, 1024))  # rows and columns of a tile, for few and for many columns
 _NUM_FIELDS = 8  # of a plane
 
 
@@ -26,21 +26,23 @@ class StridedBatch:
 
     def __init__(self, jobs: Jobs, numbers: Sequence[int], device: torch.device) -> None:
         self._device = device
-        planes: dict[int, list[tuple[int, ...]]] = {}
+        planes: dict[tuple[int, int, int], list[tuple[int, ...]]] = {}
         for i in numbers:
             src, dst, form = int(jobs.src[i]), int(jobs.dst[i]), jobs.forms[i]
             item = widest_item(src, dst, form)
-            planes.setdefault(item, []).extend(_planes(src, dst, form, item))
-        self._tables = {item: self._upload(np.array(rows, np.int64)) for item, rows in planes.items()}
+            for plane in _planes(src, dst, form, item):
+                shape = next((s for s in _SHAPES if plane[5] <= s[1]), _SHAPES[-1])
+                planes.setdefault((item, *shape), []).append(plane)
+        self._tables = {key: self._upload(np.array(rows, np.int64), *key[1:]) for key, rows in planes.items()}
 
-    def _upload(self, planes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes)).to(self._device)
+    def _upload(self, planes: np.ndarray, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes, rows, cols)).to(self._device)
 
     def launch(self) -> None:
         """Start on the current stream."""
         with torch.cuda.device(self._device):
-            for item, (planes, tiles) in self._tables.items():
-                _copy_tiles[(len(tiles),)](planes, tiles, item, _ROWS, _COLS, _NUM_FIELDS)
+            for key, (planes, tiles) in self._tables.items():
+                _copy_tiles[(len(tiles),)](planes, tiles, *key, _NUM_FIELDS)
 
 
 def widest_item(src: int, dst: int, form: Form) -> int:
@@ -63,13 +65,13 @@ def _planes(src: int, dst: int, form: Form, item: int) -> Iterator[tuple[int, ..
         yield (there, here, *strides)
 
 
-def _tiles(planes: np.ndarray) -> np.ndarray:
+def _tiles(planes: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """int32 (n, 3): plane, first row, first column of every tile."""
-    down, across = -(-planes[:, 2] // _ROWS), -(-planes[:, 5] // _COLS)
+    down, across = -(-planes[:, 2] // rows), -(-planes[:, 5] // cols)
     count = down * across
     plane = np.repeat(np.arange(len(planes)), count)
     step = np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)
-    row, col = step // across[plane] * _ROWS, step % across[plane] * _COLS
+    row, col = step // across[plane] * rows, step % across[plane] * cols
     return np.stack([plane, row, col], axis=1).astype(np.int32)
 
 

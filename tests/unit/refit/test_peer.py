@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import TransferError, VerificationError
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Axis, Form, Jobs, form_of
-from nemo_rl.refit.transports import host_memory, peer
+from nemo_rl.refit.transports import copy_engine, host_memory, peer
 from nemo_rl.refit.transports.host_memory import HostMemory
 from nemo_rl.refit.transports.mover import Fact
 
@@ -63,11 +64,29 @@ def test_any_box_is_read_into_any_other(seed, monkeypatch):
     assert same_bytes(whole, expected), "every byte of the box and none beside it"
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_two_dimensional_copies_make_up_a_box(seed):
+    """What the copy engine is told, carried out on the CPU."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = [rng.choice((1, 2, 5, 7)) for _ in range(rng.randint(0, 5))]
+    (src, _), (dst, whole) = (random_view(rng, shape, torch.int16, generator) for _ in range(2))
+    expected = whole.clone()
+    expected.as_strided(dst.shape, dst.stride()).copy_(src)
+    for to, to_pitch, there, pitch, width, height in copy_engine._rows(
+        src.data_ptr(), dst.data_ptr(), form_between(src, dst)
+    ):
+        assert height == 1 or width <= min(pitch, to_pitch), "CUDA refuses pitches below the width"
+        for i in range(height):
+            ctypes.memmove(to + i * to_pitch, there + i * pitch, width)
+    assert same_bytes(whole, expected)
+
+
 def test_a_read_that_the_kernel_cuts_short_goes_on(monkeypatch):
     inner = host_memory._readv
 
     def short(pid, here, count, there, many, flags):
-        first = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_int64 * 2).from_address(there)).copy()
+        first = np.ctypeslib.as_array((ctypes.c_int64 * 2).from_address(there)).copy()
         return inner(pid, here, count, np.array([[first[0], min(first[1], 5)]]).ctypes.data, 1, flags)
 
     monkeypatch.setattr(host_memory, "_readv", short)

@@ -1,0 +1,120 @@
+"""The `peer` transport between processes: any strided box is read out of another process's GPU memory, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_rl.refit.strided import Jobs, form_of
+
+pytestmark = pytest.mark.gpu(1)
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.int64)
+COUNT = 60
+
+
+def random_view(rng: random.Random, shape: list[int], dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
+    """A view of `shape` with permuted axes and gaps, of random bytes, and the storage that it lies in."""
+    order = rng.sample(range(len(shape)), len(shape))
+    padded = [shape[a] + rng.choice((0, 0, 3)) for a in order]
+    count = int(np.prod(padded, dtype=int)) * dtype.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).cuda()
+    whole = raw.view(dtype).view(padded)
+    cut = whole[tuple(slice(0, shape[a]) for a in order)]
+    return cut.permute([order.index(a) for a in range(len(shape))]), raw
+
+
+def cases() -> list[tuple[list[int], torch.dtype]]:
+    rng = random.Random(11)
+    small = [[rng.choice((1, 2, 5, 40)) for _ in range(rng.randint(0, 4))] for _ in range(COUNT)]
+    large = [[64, 300, 128], [3000, 17], [5, 7, 2000]]
+    return [(shape, rng.choice(DTYPES)) for shape in small + large]
+
+
+def sources() -> list[Any]:
+    rng = random.Random(12)
+    return [random_view(rng, shape, dtype, i)[0] for i, (shape, dtype) in enumerate(cases())]
+
+
+def owner(connection: Any) -> None:
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    views = sources()
+    memory = CudaMemory(torch.device("cuda", 0))
+    memory.fence()
+    windows, where = memory.show(views)
+    connection.send((memory.beacon(), windows, where))
+    connection.recv()
+
+
+def test_any_box_is_read_into_any_other() -> None:
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=owner, args=(there,), daemon=True)
+    child.start()
+    assert here.poll(60)
+    beacon, windows, where = here.recv()
+    memory = CudaMemory(torch.device("cuda", 0))
+    assert memory.probe(beacon) is None
+    assert "differently" in str(memory.probe(json.dumps(json.loads(beacon) | {"secret": "00" * 16})))
+    assert "cannot be mapped" in str(memory.probe(json.dumps(json.loads(beacon) | {"window": "00" * 64})))
+    peer, bases = memory.open(windows)
+    rng = random.Random(13)
+    expected, got, forms, addresses = [], [], [], []
+    for number, source in enumerate(sources()):
+        view, raw = random_view(rng, list(source.shape), source.dtype, 1000 + number)
+        item = source.element_size()
+        forms.append(form_of(tuple(source.shape), *(tuple(s * item for s in t.stride()) for t in (source, view)), item))
+        addresses.append((bases[where[number, 0]] + where[number, 1], view.data_ptr()))
+        want = raw.clone()
+        want.view(view.dtype).as_strided(view.shape, view.stride()).copy_(source)
+        expected.append(want)
+        got.append(raw)
+    src, dst = np.array(addresses, np.int64).T
+    start = memory.prepare(peer, Jobs(src, dst, tuple(forms)))
+    before = [raw.clone() for raw in got]
+    start()
+    memory.wait(time.monotonic() + 20)
+    for number, (raw, want) in enumerate(zip(got, expected, strict=True)):
+        assert torch.equal(raw, want), (number, cases()[number], forms[number])
+    for raw, old in zip(got, before, strict=True):  # what is prepared starts again
+        raw.copy_(old)
+    start()
+    memory.wait(time.monotonic() + 20)
+    assert all(torch.equal(raw, want) for raw, want in zip(got, expected, strict=True))
+    memory.close()
+    here.send("done")
+    child.join(20)
+    assert child.exitcode == 0
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("variants", ["peer,peer no verify", "nccl", "golden,broadcast"])
+def test_refits_between_processes_that_see_one_gpu_each(variants: str, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/bench_gpu.py", "--small", "--layers", "2", "--trainers", "1"]
+    command += ["--generators", "1", "--repeat", "3", "--deadline", "20", "--limit", "100"]
+    done = subprocess.run(
+        [*command, "--variants", variants, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [r["variant"] for r in rows] == variants.split(",")
+    assert all(r["bit_exact"] and r["verified"] != r["variant"].endswith("no verify") for r in rows)
