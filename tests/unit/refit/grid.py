@@ -143,8 +143,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Side, Side]] = {
 REAL_GRID = [
     (f"{name}, {dtype}, {transport}", Case(shape, dtype, src, dst), transport)
     for number, (name, (shape, src, dst)) in enumerate(LAYOUTS.items())
-    for turn, transport in enumerate(("gloo", "golden", "broadcast", "gloo"))
+    for turn, transport in enumerate(("gloo", "peer", "golden", "broadcast"))
     for dtype in [DTYPES[(5 * number + turn) % len(DTYPES)]]
-    if (turn < 3 or number % 2) and (transport != "broadcast" or not set(src.ranks) & set(dst.ranks))
+    if (transport != "golden" or number % 2) and (transport != "broadcast" or not set(src.ranks) & set(dst.ranks))
 ]
 """(name, case, transport) of every transfer between real processes. Whole tensors need the two sides apart."""

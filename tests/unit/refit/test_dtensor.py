@@ -19,7 +19,7 @@ from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 
 from . import dtensor_ranks
-from .grid import LAYOUTS, REAL_GRID, Case, Side, random_case, random_full, random_side, same_bits
+from .grid import DTYPES, LAYOUTS, REAL_GRID, Case, Side, random_case, random_full, random_side, same_bits
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, raise_any
 
 PLANTED = "planted: source shards exchanged"
@@ -222,7 +222,8 @@ def test_the_grid_sees_a_planted_wrong_placement(outcomes):
 
 def test_the_grid_is_broad():
     assert len(REAL_GRID) >= 60
-    for transport in ("gloo", "golden", "broadcast"):
+    for transport in ("gloo", "peer", "golden", "broadcast"):
         assert len({name.rsplit(", ", 2)[0] for name, _, t in REAL_GRID if t == transport}) >= 8
-    assert {c.dtype for _, c, t in REAL_GRID if t == "gloo"} == {c.dtype for _, c, _ in REAL_GRID}
+    for transport in ("gloo", "peer"):
+        assert {c.dtype for _, c, t in REAL_GRID if t == transport} == set(DTYPES)
     assert {len(shape) for shape, _, _ in LAYOUTS.values()} == {0, 1, 2, 3, 4}
