@@ -17,6 +17,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 from nemo_rl.trainer.simulated import simulate
+from tests.unit.trainer.hybrid import hybrid_logits
 from tests.unit.trainer.models import caches_of, logits_of, make_config, save_reference
 from tests.unit.trainer.probe import (
     calibrate,
@@ -119,6 +120,14 @@ def assert_held_exactly(folder: Path, ranks: list[list[tuple[str, Region]]]) -> 
     for fqn, region in {row for rows in ranks for row in rows}:
         hits[fqn][region.slices_in(Region.whole(table[fqn].shape))] += 1
     assert [fqn for fqn, count in hits.items() if not bool((count == 1).all())] == []
+
+
+@pytest.mark.parametrize("parallel", [Parallel(1), Parallel(2, tensor=2, expert=2)], ids=["1 rank", "TP2 x EP2"])
+def test_a_hybrid_loaded_by_its_rule_computes_what_transformers_computes(model: Model, parallel: Parallel) -> None:
+    folder = model("hybrid")
+    wanted = torch.load(folder / "reference.pt")["logits"]
+    for logits in run_ranks(hybrid_logits, parallel.world_size, str(folder), parallel):
+        assert float((logits[..., : wanted.shape[-1]] - wanted).abs().max()) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["dense TP2", "moe EP2 x TP2"])

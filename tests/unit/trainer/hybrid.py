@@ -1,18 +1,22 @@
-"""Megatron's own Mamba2 hybrid model, built for its layout: its kernels are stand-ins that cannot run."""
+"""Megatron's own Mamba2 hybrid model; torch stands in for the kernels that it needs."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -27,20 +31,60 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from nemo_rl.checkpoint import read_into
 from nemo_rl.trainer import gpt
+from nemo_rl.trainer.cpu import megatron_on_cpu
 from nemo_rl.trainer.layers import CausalAttention, RMSNorm
-from nemo_rl.trainer.model import Parallel, padded_vocabulary
+from nemo_rl.trainer.layout import MegatronSource
+from nemo_rl.trainer.model import Parallel, model_shape, padded_vocabulary, read_config
 from nemo_rl.trainer.shape import Hybrid, ModelShape
 
 _KERNELS = "megatron.core.inference.contexts.attention_context.triton"
 
 
-class GatedNorm(torch.nn.Module):
-    """Weights of the mixer's norm, split over tensor-parallel ranks as Megatron's are."""
+def scan(
+    projected: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    dt_bias: torch.Tensor,
+    decay: torch.Tensor,
+    D: torch.Tensor,  # noqa: N803  # the kernel's name
+    *,
+    headdim: int,
+    ngroups: int,
+    **_: Any,
+) -> torch.Tensor:
+    """The Mamba2 recurrence token by token, gated: `projected` `[B, L, z + x + B + C + dt]` -> `[B, L, x]`."""
+    heads = dt_bias.numel()
+    inner, convolved = heads * headdim, conv_weight.shape[0]
+    states = (convolved - inner) // (2 * ngroups)
+    z, xbc, dt = projected.split([inner, convolved, heads], -1)
+    padded = torch.nn.functional.pad(xbc.transpose(1, 2), (conv_weight.shape[1] - 1, 0))
+    xbc = torch.nn.functional.conv1d(padded, conv_weight[:, None], conv_bias, groups=convolved).transpose(1, 2)
+    x, b, c = torch.nn.functional.silu(xbc).split([inner, ngroups * states, ngroups * states], -1)
+    x = x.unflatten(-1, (heads, headdim))
+    b, c = (t.unflatten(-1, (ngroups, states)).repeat_interleave(heads // ngroups, 2) for t in (b, c))
+    dt = torch.nn.functional.softplus(dt + dt_bias)
+    state, out = x.new_zeros(x.shape[0], heads, headdim, states), []
+    for t in range(x.shape[1]):
+        step = dt[:, t, :, None, None]
+        state = state * torch.exp(step * decay[:, None, None]) + step * x[:, t, :, :, None] * b[:, t, :, None]
+        out.append((state * c[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(out, 1).flatten(2) * torch.nn.functional.silu(z)
 
-    def __init__(self, size: int, dtype: torch.dtype, **_: Any) -> None:
+
+class GroupNorm(torch.nn.Module):
+    """RMS norm of each group of a mixer's output, its weights split over tensor-parallel ranks as Megatron's are."""
+
+    def __init__(self, size: int, eps: float, group_size: int, dtype: torch.dtype, **_: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+        self._eps, self._group = eps, group_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups = x.unflatten(-1, (-1, self._group))
+        scaled = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self._eps)
+        return scaled.flatten(-2) * self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         return make_sharded_tensors_for_checkpoint(
@@ -60,6 +104,26 @@ class WholeLinear(torch.nn.Linear):
         assert parallel_mode == "duplicated"
         super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype)
 
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(inputs), None
+
+
+def hybrid_logits(rank: int, meet: str, folder: str, parallel: Parallel) -> torch.Tensor:
+    """In a child: logits of the checkpoint in `folder`, which the family rule brought into Megatron's model."""
+    reference = torch.load(Path(folder) / "reference.pt")
+    shape = model_shape(read_config(folder))
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=parallel.world_size)
+    with megatron_on_cpu(), torch.no_grad():
+        gpt.init_parallel(parallel, shape.is_moe, timedelta(seconds=60), 1)
+        model = build_hybrid(shape, parallel, torch.float32)
+        read_into(MegatronSource([model], shape, torch.float32).holdings(), folder)
+        ids = reference["ids"]
+        padded = torch.nn.functional.pad(ids, (0, -ids.shape[1] % parallel.tensor))
+        positions = torch.arange(padded.shape[1]).expand_as(padded)
+        logits = gather_from_tensor_model_parallel_region(model(padded, positions, None))
+    gpt.close_parallel()
+    return logits[:, : ids.shape[1]]
+
 
 def build_hybrid(shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's MambaModel."""
@@ -72,8 +136,9 @@ def build_hybrid(shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> t
     from megatron.core.models.mamba import MambaModel
     from megatron.core.ssm import mamba_block, mamba_mixer
 
+    mamba_mixer.mamba_split_conv1d_scan_combined = scan  # looked up when the model runs
     stand_ins = (
-        mock.patch.multiple(mamba_mixer, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=GatedNorm),
+        mock.patch.multiple(mamba_mixer, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=GroupNorm),
         mock.patch.object(mamba_block, "TENorm", RMSNorm),
         mock.patch.multiple(moe_layer, HAVE_TE=True, TELinear=WholeLinear, create=True),
     )
