@@ -12,10 +12,8 @@ import torch
 @contextlib.contextmanager
 def real_expert_maps() -> Iterator[None]:
     """Inside, the map of experts to ranks has values although the model is built without storage: loaders read it."""
-    try:
-        from vllm.model_executor.layers.fused_moe import expert_map_manager as owner
-    except ImportError:  # vLLM 0.25
-        from vllm.model_executor.layers.fused_moe import layer as owner
+    from vllm.model_executor.layers.fused_moe import expert_map_manager as owner
+
     determine: Any = owner.determine_expert_map
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:

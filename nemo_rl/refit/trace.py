@@ -139,6 +139,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_view(func):  # a view of known storage is nothing new
+            return func(*args, **kwargs)
         name = func._schema.name
         if name == "aten::copy_":
             return self._copy(func, args, kwargs)
@@ -297,6 +299,13 @@ class _Recorder(TorchDispatchMode):
 
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})
 _COPIES = frozenset({"aten::clone", "aten::_to_copy"})
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether results of an operation share storage with its arguments, and it writes nothing."""
+    aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
+    return aliases and not func._schema.is_mutable
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
