@@ -53,7 +53,10 @@ class Layouts:
 
 @dataclass(slots=True)
 class Update:
-    """Progress of one version: units opened, modules landed, those whose processing ran, attention that derived."""
+    """Progress of one version: units opened, modules landed, those whose processing ran, attention that derived.
+
+    `places` are the addresses of live tensors that bytes go into.
+    """
 
     version: int
     open: set[int] = field(default_factory=set)
@@ -61,6 +64,7 @@ class Update:
     processed: set[str] = field(default_factory=set)
     derived: set[str] = field(default_factory=set)
     misc_loaded: bool = False
+    places: dict[str, int] = field(default_factory=dict)
 
 
 class VllmLanding:
@@ -153,6 +157,7 @@ class VllmLanding:
         mine = {i: layouts.rows[i] for i, u in enumerate(layouts.units) if u == unit}
         if unit == IN_PLACE:
             update.landed |= {_module_of(row.param) for row in mine.values()}
+            update.places = {row.param: self._tensor(row.param).data_ptr() for row in mine.values()}
             return {i: view_of(self._tensor(row.param), row) for i, row in mine.items()}
         with compat.inside(self._config):
             fresh = compat.stage(self._modules[name])
@@ -197,7 +202,8 @@ class VllmLanding:
         """Process what lies in place and derive what attention keeps.
 
         Raises:
-            RuntimeError: a module of the model got no bytes, or its processing did not run in this version.
+            RuntimeError: a module of the model got no bytes, its processing did not run in this version, or its storage
+                is not what the bytes went into.
         """
         layouts, update = self._in_update()
         missing = [name for name in layouts.needs if name not in update.landed]
@@ -207,6 +213,11 @@ class VllmLanding:
             raise RuntimeError(
                 f"version {update.version}: units {sorted(update.open)} are open, and {len(missing)} modules or "
                 f"tensors were not loaded and processed: {', '.join(missing[:8])}"
+            )
+        moved = [name for name, place in update.places.items() if self._tensor(name).data_ptr() != place]
+        if moved:
+            raise RuntimeError(
+                f"version {update.version}: the storage of {', '.join(moved[:8])} was replaced while bytes went into it"
             )
         with compat.inside(self._config):
             for name in layouts.in_place:

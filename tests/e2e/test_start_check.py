@@ -48,6 +48,8 @@ def start(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
         with trained(engine, FileSource(a), OPTIONS) as refit:
             refit(version + 1)
             found[f"{what}: a sound session recovers"] = equal(observe(engine), fresh_a)
+    with mock.patch.object(landing.VllmLanding, "close", replacing(landing.VllmLanding.close)):
+        found["storage that is replaced"] = "embed_tokens.weight was replaced while" in refusal(engine, a)
     found["another checkpoint"] = BYTES in refusal(engine, b)
     with trained(engine, FileSource(b), OPTIONS) as refit:
         refit(0)
@@ -60,6 +62,17 @@ def refusal(engine: VllmEngine, path: str) -> str:
     engine._as_loaded, engine.weight_version = True, 0
     with trained(engine, FileSource(path), OPTIONS) as refit:
         return raised(RefitError, lambda: refit(0))
+
+
+def replacing(close: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """The fault: an engine that gives a parameter other storage in the middle of an update."""
+
+    def closed(self: Any, unit: int) -> None:
+        close(self, unit)
+        embedding = self._tensor("model.embed_tokens.weight")
+        embedding.data = embedding.data.clone()
+
+    return closed
 
 
 def mistaken(trace: Callable[..., Trace], one: str, two: str) -> Callable[..., Trace]:
