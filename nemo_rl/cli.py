@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--diff", nargs=2, type=Path, metavar=("A", "B"), help="compare two: saved plans or YAML files")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML file")
     plan.add_argument("--trainer", metavar="tp=2,pp=2", help=_keys(build.TRAINER_KEYS))
-    plan.add_argument("--generator", metavar="tp=4,dp=2", help=_keys(build.GENERATOR_KEYS))
+    kinds = f"{_keys(build.GENERATOR_KEYS)}; once for each kind of engine"
+    plan.add_argument("--generator", metavar="tp=4,dp=2", action="append", help=kinds)
     plan.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"), help="with --model")
     plan.add_argument("--bucket-bytes", type=int, help="largest message")
     plan.add_argument("--gpus-per-node", type=int, help="ranks of a host (default: the file's, or 8)")
@@ -106,8 +107,9 @@ def _view(options: argparse.Namespace, path: Path | None) -> PlanView:
 
 def _of_model(options: argparse.Namespace) -> build.PlanRequest:
     """One rank a side until `--trainer` and `--generator` say more."""
-    engine, dtype = EngineSpec(str(options.model), precision=options.precision), getattr(torch, options.precision)
-    return build.PlanRequest(options.model.resolve().name, options.model, Parallel(1), engine, dtype=dtype)
+    fleet = (build.Engines(EngineSpec(str(options.model), precision=options.precision)),)
+    dtype = getattr(torch, options.precision)
+    return build.PlanRequest(options.model.resolve().name, options.model, Parallel(1), fleet, dtype=dtype)
 
 
 def _of_config(options: argparse.Namespace, path: Path, scratch: Path) -> build.PlanRequest:
@@ -121,8 +123,7 @@ def _of_config(options: argparse.Namespace, path: Path, scratch: Path) -> build.
         title=path.stem,
         folder=folder,
         parallel=parallel_of(config, topology.num_trainers),
-        engine=engine_of(config, folder),
-        replicas=topology.num_replicas,
+        fleet=(build.Engines(engine_of(config, folder), topology.num_replicas),),
         dtype=getattr(torch, config.policy.precision),
         bucket_bytes=refit.bucket_bytes,
         num_streams=refit.num_streams,
@@ -145,9 +146,9 @@ def _with_sides(request: build.PlanRequest, options: argparse.Namespace) -> buil
             layers = ":".join(map(str, parallel.pipeline_layers))
             notes = (*notes, f"{shape.num_layers} layers over the trainers' pipeline chunks as {layers}")
         request = dataclasses.replace(request, parallel=parallel, notes=notes)
-    if options.generator is not None:
-        engine, replicas = build.parse_generator(options.generator, request.engine)
-        request = dataclasses.replace(request, engine=engine, replicas=replicas)
+    if options.generator:
+        fleet = tuple(build.parse_generator(text, request.fleet[0].spec) for text in options.generator)
+        request = dataclasses.replace(request, fleet=fleet)
     return request
 
 

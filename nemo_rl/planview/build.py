@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,28 @@ from nemo_rl.trainer.model import Parallel, model_shape, read_config
 
 
 @dataclass(frozen=True, slots=True)
+class Engines:
+    """Generators of one kind: `replicas` engines as `spec` says."""
+
+    spec: EngineSpec
+    replicas: int = 1
+
+    def sizes(self) -> dict[str, int]:
+        """The mesh of all their ranks, slowest axis first."""
+        return {"replica": self.replicas, "dp": self.spec.dp, "pp": self.spec.pp, "tp": self.spec.tp}
+
+    def coordinates(self) -> list[dict[str, int]]:
+        """Of every rank."""
+        sizes = self.sizes()
+        return [dict(zip(sizes, at, strict=True)) for at in itertools.product(*map(range, sizes.values()))]
+
+    def describe(self) -> str:
+        e = self.spec
+        sizes = {"TP": e.tp, "PP": e.pp, "DP": e.dp, "EP": e.tp * e.dp if e.expert_parallel else 1}
+        return _sizes(sizes) + (f", {self.replicas} replicas" if self.replicas > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What to plan.
 
@@ -29,8 +52,7 @@ class PlanRequest:
         title: of the model.
         folder: with the model's `config.json`; no weights are read.
         parallel: of the trainers, who hold weights in `dtype`.
-        engine: of each generator replica.
-        replicas: engines.
+        fleet: the generators, kind by kind.
         gpus_per_node: ranks of a host; each side starts on a host of its own where it does not fit beside the other.
         all_misc: why every tensor travels whole (the conventional refit), or None.
     """
@@ -38,8 +60,7 @@ class PlanRequest:
     title: str
     folder: Path
     parallel: Parallel
-    engine: EngineSpec
-    replicas: int = 1
+    fleet: tuple[Engines, ...]
     dtype: torch.dtype = torch.bfloat16
     bucket_bytes: int = 16 << 20
     num_streams: int = 2
@@ -60,10 +81,11 @@ def build(request: PlanRequest, environ: Mapping[str, str]) -> PlanView:
     """
     shape = model_shape(read_config(request.folder))
     trainer = trainer_side.simulate(shape, request.parallel, request.dtype)
-    generator = simulate_apart(request.engine, trainer.table, environ)
+    made = [simulate_apart(engines.spec, trainer.table, environ) for engines in request.fleet]
     sources = trainer.layouts()
     size = len(sources)
-    declarations = {size + rank: d for rank, d in enumerate(_replicated(generator, request.replicas))}
+    kinds = [_replicated(generator, engines.replicas) for generator, engines in zip(made, request.fleet, strict=True)]
+    declarations = {size + rank: d for rank, d in enumerate(itertools.chain.from_iterable(kinds))}
     world = World.of(size, len(declarations))
     plan = plan_refit(
         world,
@@ -79,14 +101,19 @@ def build(request: PlanRequest, environ: Mapping[str, str]) -> PlanView:
         plan,
         _title(request),
         _places([_trainer_at(r, request.parallel) for r in world.trainers], nodes, sources),
-        _places([_generator_at(i, request) for i in range(len(declarations))], nodes[size:], taken),
+        _places(_generators_at(request.fleet), nodes[size:], taken),
         request.links,
         num_streams=request.num_streams,
         layouts={
             "trainer": describe_layouts(sources, _trainer_meshes(request.parallel)),
-            "generator": describe_layouts(taken, _generator_meshes(request)),
+            **{
+                f"generators ({engines.describe()})": describe_layouts(
+                    {rank: d.layout for rank, d in enumerate(declared)}, _generator_meshes(engines)
+                )
+                for engines, declared in zip(request.fleet, kinds, strict=True)
+            },
         },
-        notes=(generator.how, *request.notes),
+        notes=(*(generator.how for generator in made), *request.notes),
     )
 
 
@@ -95,12 +122,13 @@ def _replicated(generator: SimulatedGenerator, replicas: int) -> list[Declaratio
 
 
 def _title(request: PlanRequest) -> str:
-    p, e = request.parallel, request.engine
-    trainer = {"TP": p.tensor, "PP": p.pipeline, "CP": p.context, "EP": p.expert, "DP": p.data}
-    generator = {"TP": e.tp, "PP": e.pp, "DP": e.dp, "EP": e.tp * e.dp if e.expert_parallel else 1}
-    sides = [" x ".join(f"{k}{n}" for k, n in side.items() if n > 1) or "1 rank" for side in (trainer, generator)]
-    replicas = f", {request.replicas} replicas" if request.replicas > 1 else ""
-    return f"{request.title}: {sides[0]} -> {sides[1]}{replicas}"
+    p = request.parallel
+    trainer = _sizes({"TP": p.tensor, "PP": p.pipeline, "CP": p.context, "EP": p.expert, "DP": p.data})
+    return f"{request.title}: {trainer} -> {' + '.join(engines.describe() for engines in request.fleet)}"
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 rank"
 
 
 def _nodes(trainers: int, generators: int, per_node: int) -> list[int]:
@@ -133,20 +161,18 @@ def _trainer_meshes(parallel: Parallel) -> list[Axes]:
     ]
 
 
-def _generator_meshes(request: PlanRequest) -> list[Axes]:
-    e = request.engine
-    dense = {"replica": request.replicas, "dp": e.dp, "pp": e.pp, "tp": e.tp}
+def _generator_meshes(engines: Engines) -> list[Axes]:
+    dense, e = engines.sizes(), engines.spec
     if not e.expert_parallel or e.pp > 1:
         return [dense]
-    return [dense, {"replica": request.replicas, "ep": e.dp * e.tp}]
+    return [dense, {"replica": engines.replicas, "ep": e.dp * e.tp}]
 
 
-def _generator_at(rank: int, request: PlanRequest) -> dict[str, int]:
-    sizes = {"replica": request.replicas, "dp": request.engine.dp, "pp": request.engine.pp, "tp": request.engine.tp}
-    at, rest = {}, rank
-    for axis, count in reversed(sizes.items()):
-        rest, at[axis] = divmod(rest, count)
-    return {axis: at[axis] for axis in sizes if sizes[axis] > 1}
+def _generators_at(fleet: Sequence[Engines]) -> list[dict[str, int]]:
+    """Coordinates of every generator rank, on the axes that tell any two ranks apart."""
+    at = [{"kind": kind, **place} for kind, engines in enumerate(fleet) for place in engines.coordinates()]
+    shown = [axis for axis in at[0] if len({place[axis] for place in at}) > 1]
+    return [{axis: place[axis] for axis in shown} for place in at]
 
 
 # ---- what people write
@@ -216,8 +242,8 @@ def _even(num_layers: int, parts: int) -> tuple[int, ...]:
     return tuple(least + (i < more) for i in range(parts))
 
 
-def parse_generator(text: str, engine: EngineSpec) -> tuple[EngineSpec, int]:
-    """`engine` with the sizes that `GENERATOR_KEYS` describe, and the number of its replicas. Raises as above."""
+def parse_generator(text: str, engine: EngineSpec) -> Engines:
+    """Engines like `engine` with the sizes that `GENERATOR_KEYS` describe. Raises as `parse_trainer`."""
     given = parse_sizes(text, GENERATOR_KEYS)
     quantization, cache = given.pop("quantization", engine.quantization), given.pop("kv", engine.kv_cache_dtype)
     n = _numbers(given, text)
@@ -232,7 +258,7 @@ def parse_generator(text: str, engine: EngineSpec) -> tuple[EngineSpec, int]:
         quantization=quantization,
         kv_cache_dtype=cache,
     )
-    return spec, n.get("replicas", 1) * (1 if spread else n.get("dp", 1))
+    return Engines(spec, n.get("replicas", 1) * (1 if spread else n.get("dp", 1)))
 
 
 def _numbers(given: Mapping[str, str], text: str) -> dict[str, int]:

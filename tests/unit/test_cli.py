@@ -9,8 +9,12 @@ import pytest
 
 from nemo_rl import cli
 from nemo_rl.generator.ranks import EngineSpec
+from nemo_rl.generator.simulated import SimulatedGenerator
 from nemo_rl.planview import build
 from nemo_rl.planview.model import load_view
+from nemo_rl.refit.base import Declaration
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.region import Region
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +38,7 @@ def test_the_example_is_planned_whole(saved):
     table_bytes = sum(g.held_bytes for g in view.generators)
     assert view.matrix.sum() == view.bulk_bytes == view.required_bytes == table_bytes > 0
     assert any("experts.*.down_proj" in line and "ep one" in line for line in view.layouts["trainer"])
-    assert any("experts.*.down_proj" in line and "tp Shard(1)" in line for line in view.layouts["generator"])
+    assert any("experts.*.down_proj" in line and "tp Shard(1)" in line for line in view.layouts["generators (TP2)"])
     assert (saved / "plan.html").read_text().startswith("<!doctype html>")
     assert (saved / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -89,22 +93,59 @@ def test_trainers_as_people_write_them(text, want):
 
 
 def test_generators_as_people_write_them():
-    spec, replicas = build.parse_generator("tp=4,dp=2,ep=1,replicas=3,redundant=8", EngineSpec("m"))
-    assert (spec.tp, spec.dp, spec.expert_parallel, spec.redundant_experts, replicas) == (4, 2, True, 8, 3)
-    spec, replicas = build.parse_generator("tp=4,dp=2,replicas=3", EngineSpec("m"))
-    assert (spec.tp, spec.dp, spec.expert_parallel, replicas) == (4, 1, False, 6)
-    spec, _ = build.parse_generator("quantization=fp8_per_channel,kv=fp8", EngineSpec("m", precision="float32"))
-    assert spec == EngineSpec("m", precision="float32", quantization="fp8_per_channel", kv_cache_dtype="fp8")
+    found = build.parse_generator("tp=4,dp=2,ep=1,replicas=3,redundant=8", EngineSpec("m"))
+    spread = EngineSpec("m", tp=4, dp=2, expert_parallel=True, redundant_experts=8)
+    assert found == build.Engines(spread, 3)
+    assert build.parse_generator("tp=4,dp=2,replicas=3", EngineSpec("m")) == build.Engines(EngineSpec("m", tp=4), 6)
+    found = build.parse_generator("quantization=fp8_per_channel,kv=fp8", EngineSpec("m", precision="float32"))
+    want = EngineSpec("m", precision="float32", quantization="fp8_per_channel", kv_cache_dtype="fp8")
+    assert found == build.Engines(want)
 
 
 def test_every_rank_has_its_place():
     """The coordinates that the drawings show are those that the layouts were made with."""
-    engine, replicas = build.parse_generator("tp=2,pp=2,dp=2,ep=1,replicas=2", EngineSpec("m"))
-    request = build.PlanRequest("m", Path("m"), Parallel(1), engine, replicas)
-    at = [build._generator_at(rank, request) for rank in range(16)]
+    engines = build.parse_generator("tp=2,pp=2,dp=2,ep=1,replicas=2", EngineSpec("m"))
+    at = engines.coordinates()
     assert at[0] == {"replica": 0, "dp": 0, "pp": 0, "tp": 0} and at[-1] == {"replica": 1, "dp": 1, "pp": 1, "tp": 1}
-    assert all(request.engine.coordinates(r % 8) == (a["dp"], a["pp"], a["tp"]) for r, a in enumerate(at))
+    assert all(engines.spec.coordinates(r % 8) == (a["dp"], a["pp"], a["tp"]) for r, a in enumerate(at))
     assert build._nodes(2, 2, 4) == [0, 0, 0, 0] and build._nodes(6, 3, 4) == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def planted(*problems: str):
+    """A generator side whose ranks take `w` of the table by rows, without a process."""
+
+    def simulate(spec, table, environ):
+        name, meta = next((n, m) for n, m in table.items() if len(m.shape) == 2)
+        rows = meta.shape[0] // spec.tp
+        boxes = [Region((rank * rows, 0), (rows, meta.shape[1])) for rank in range(spec.tp)]
+        made = {r: Declaration(Layout.from_regions([(name, b)], table), {}, problems) for r, b in enumerate(boxes)}
+        return SimulatedGenerator(made, f"planted {spec.tp}")
+
+    return simulate
+
+
+def test_engines_of_several_kinds_are_planned_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "simulate_apart", planted())
+    path = tmp_path / "plan.json"
+    kinds = ["--generator", "tp=2", "--generator", "tp=1,dp=3"]
+    assert cli.main(["plan", "--config", str(MOE), *kinds, f"--json={path}"]) == 0
+    view = load_view(path)
+    assert view.title.endswith("TP2 x EP2 -> TP2 + 1 rank, 3 replicas")
+    assert [dict(g.at) for g in view.generators] == [
+        {"kind": 0, "replica": 0, "tp": 0},
+        {"kind": 0, "replica": 0, "tp": 1},
+        *({"kind": 1, "replica": i, "tp": 0} for i in range(3)),
+    ]
+    halves, wholes = view.generators[:2], view.generators[2:]
+    assert len({w.held_bytes for w in wholes}) == 1 and sum(h.held_bytes for h in halves) == wholes[0].held_bytes
+    assert {"planted 2", "planted 1"} <= set(view.notes) and len(view.layouts) == 3
+
+
+def test_a_plan_that_is_refused_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(build, "simulate_apart", planted("w2: bytes 0:8 of 16 written by no tensor"))
+    assert cli.main(["plan", "--config", str(MOE)]) == 2
+    said = capsys.readouterr().err
+    assert "generator 0 (rank 2): w2: bytes 0:8 of 16 written by no tensor" in said
 
 
 @pytest.mark.parametrize(("name", "layers", "experts"), [("deepseek_v3", 61, 256), ("qwen3_30b_a3b", 48, 128)])
