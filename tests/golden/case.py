@@ -26,8 +26,8 @@ from nemo_rl.trainer.simulated import SimulatedTrainer, simulate
 from tests.golden import adapters
 from tests.golden.families import checkpoint_table, random_tensors
 from tests.golden.matrix import Generator, Model, Row, Trainer
+from tests.golden.ranks import Tensors, clone
 
-Tensors = dict[str, torch.Tensor]
 SEEDS = {"A": 1, "B": 2}
 """Two sets of weights; a row refits A, B and A again."""
 
@@ -167,7 +167,7 @@ class Bench:
         if key not in self._wanted:
             load = adapters.load if row.model.trainer == "adapters" else load_rank
             own = ((fqn, value.clone()) for fqn, value in values.items())  # some loaders write into what they are given
-            self._wanted[key] = load(spec, role, own)
+            self._wanted[key] = clone(load(spec, role, own))
         return self._wanted[key]
 
     def _unlike(self, model: Model, table: TensorTable) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import yaml
 from tests.golden.families import CONFIGS
 
 MATRIX = Path(__file__).with_name("matrix.yaml")
-RUNS = ("simulated", "gloo", "engine")
+RUNS = ("simulated", "gloo", "peer", "engine")
 _BULK = 0.995
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Row:
 
     Attributes:
         level: 0 is part of `make test`.
-        run: `simulated` (threads), `gloo` (processes) or `engine` (real engines).
+        run: `simulated` (threads), `gloo` or `peer` (processes, by transport), or `engine` (real engines).
         staged: bytes land in fresh load-format tensors, a module at a time, as in an engine that repacks.
         colocated: the first generators are the trainers' own ranks.
         refused: words of the refusal that this row must end in.

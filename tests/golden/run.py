@@ -23,6 +23,7 @@ from tests.golden.case import Bench, Case  # noqa: E402
 from tests.golden.checks import Verdict, judge  # noqa: E402
 from tests.golden.execute import Outcome, simulate  # noqa: E402
 from tests.golden.matrix import MATRIX, Row, load  # noqa: E402
+from tests.golden.processes import Pool  # noqa: E402
 from tests.golden.report import PASSED, Result, write  # noqa: E402
 
 
@@ -34,11 +35,11 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"no row of {options.matrix} has '{options.k}' in its name at level {options.level}\n")
         return 2
     console, results = Console(stderr=True, soft_wrap=True), []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Pool() as pool:
         bench = Bench(Path(folder))
         for number, row in enumerate(rows, 1):
             with console.status(f"{number} of {len(rows)}: {row.name}"):
-                results.append(run_row(bench, row))
+                results.append(run_row(bench, pool, row))
             _show(console, number, len(rows), results[-1])
             write(options.out, results)
     good = sum(r.status == PASSED for r in results)
@@ -55,16 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_row(bench: Bench, row: Row) -> Result:
+def run_row(bench: Bench, pool: Pool, row: Row) -> Result:
     """Whatever goes wrong is the row's verdict."""
     started, ranks = time.monotonic(), (row.trainer.num_ranks, sum(g.num_ranks for g in row.generators))
     if row.not_covered:
         return Result(row, (), ranks, 0.0)
     if row.refused:
-        return Result(row, (_refused(bench, row),), ranks, time.monotonic() - started)
+        return Result(row, (_refused(bench, pool, row),), ranks, time.monotonic() - started)
     try:
         case = bench.case(row)
-        outcome = _run(case)
+        outcome = _run(pool, case)
         verdicts = tuple(judge(case, outcome))
     except Exception as error:
         verdict = Verdict("ran", (f"{type(error).__name__}: {error}",))
@@ -75,14 +76,14 @@ def run_row(bench: Bench, row: Row) -> Result:
     return Result(row, verdicts, ranks, time.monotonic() - started, plan.bulk_bytes, plan.misc_bytes, misc)
 
 
-def _run(case: Case) -> Outcome:
-    return simulate(case)
+def _run(pool: Pool, case: Case) -> Outcome:
+    return simulate(case) if case.row.run == "simulated" else pool.run(case)
 
 
-def _refused(bench: Bench, row: Row) -> Verdict:
+def _refused(bench: Bench, pool: Pool, row: Row) -> Verdict:
     """The row must be refused, in the words that it states."""
     try:
-        _run(bench.case(row))
+        _run(pool, bench.case(row))
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         return Verdict("refused", () if row.refused in said else (f"in other words: {said}",), said[:200])
