@@ -178,7 +178,7 @@ def logprobs(engine: VllmEngine, a: str, b: str, bound: float) -> dict[str, bool
     """The engine serves B: its log-probabilities are close to those of B's values in float32, and far from A's."""
     seen = observe(engine)
     error, stale = logprob_error(seen, b), logprob_error(seen, a)
-    return {f"log-probabilities are {error:.2g} off, {stale:.2g} from stale weights": error < bound < stale / 5}
+    return {f"log-probabilities are {error:.2g} off, {stale:.2g} from stale weights": error < min(bound, stale / 5)}
 
 
 def calibrated(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:

@@ -1,4 +1,7 @@
-"""Engines on a GPU, with vLLM's own FP8 kernels, take what `tests/e2e/test_generator_formats.py` sends."""
+"""Engines on a GPU, with vLLM's own FP8 kernels, take what `tests/e2e/test_generator_formats.py` sends.
+
+`VLLM_USE_DEEP_GEMM=0` in the environment keeps vLLM off kernels that need a compiler.
+"""
 
 from __future__ import annotations
 
