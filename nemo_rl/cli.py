@@ -4,7 +4,7 @@
     nemo-rl plan --model examples/models/deepseek_v3 --trainer pp=16,ep=16 --generator tp=32,dp=8 --html plan.html
     nemo-rl plan --diff before.json after.json
 
-Exits with 2 where a plan is refused, with the reason.
+Exits with 2 where a plan is refused, with the reason, and with 130 where it is interrupted.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         return _difference(options, console) if options.diff else _plan(options, console)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"nemo-rl plan: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
