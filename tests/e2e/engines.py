@@ -32,6 +32,7 @@ PROMPTS = [[3, 17, 99, 5, 42, 7], [250, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77], list(r
 """The last one fills a block of the KV cache, which a later prompt may reuse."""
 CAST = (
     "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.k_scale",
     "layers.1.mlp.experts.2.down_proj.weight",
     "embed_tokens.weight",
     "norm.weight",

@@ -36,6 +36,12 @@ from tests.e2e.engines import (
     trained,
 )
 
+
+def scale_of(layer: int, kind: int, seed: int) -> float:
+    """A scale of the KV cache; no two are alike, and BF16 holds each."""
+    return (seed + kind) / 64 + layer / 16
+
+
 CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
 TOKENS = {**CHANNELS, "strategy": "token", "dynamic": True}
 CACHE = {**CHANNELS, "strategy": "tensor"}
@@ -59,7 +65,7 @@ def fp8_of_channels(tensors: Tensors, settings: dict[str, Any], seed: int) -> Te
         out[name], out[f"{name}_scale"] = (weight / scale).to(torch.float8_e4m3fn), scale
     for layer in range(2):
         for i, kind in enumerate("kvq"):
-            out[f"model.layers.{layer}.self_attn.{kind}_scale"] = torch.tensor([0.01 * (seed + i) + 0.05 * layer])
+            out[f"model.layers.{layer}.self_attn.{kind}_scale"] = torch.tensor([scale_of(layer, i, seed)])
     return out
 
 
@@ -82,9 +88,7 @@ def fp8_of_blocks(tensors: Tensors, settings: dict[str, Any], seed: int) -> Tens
         out[name], out[f"{name}_scale_inv"] = (weight / spread(scale, weight.shape)).to(torch.float8_e4m3fn), scale
     for layer in range(2):
         for i, kind in enumerate("kv"):
-            out[f"model.layers.{layer}.self_attn.{kind}_scale"] = torch.tensor(
-                [0.01 * (seed + i) + 0.05 * layer], dtype=torch.bfloat16
-            )
+            out[f"model.layers.{layer}.self_attn.{kind}_scale"] = torch.tensor([scale_of(layer, i, seed)]).bfloat16()
     return out
 
 
