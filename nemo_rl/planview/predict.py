@@ -43,7 +43,7 @@ class Prediction:
 
     Attributes:
         bulk_s: what the busiest rank needs for its messages one after the other, the least that any order takes.
-        rounds_s: the same if every round waits for its slowest message, an upper bound.
+        rounds_s: until the last message, where each starts when both its ends are done with their earlier ones.
         misc_s: gathering whole tensors at one trainer and broadcasting them.
         bottleneck: the busiest rank, and what it does.
         bottleneck_bytes: that it sends or receives.
@@ -103,13 +103,14 @@ def _cross(copies: CopyTable) -> np.ndarray:
 
 
 def _times(copies: CopyTable, size: int, nodes: np.ndarray, links: Links) -> tuple[np.ndarray, np.ndarray, float]:
-    """Seconds that each rank sends and receives, and the sum over rounds of the slowest message."""
+    """Seconds that each rank sends and receives, and until the last message, where each waits for both its ends."""
     m = _cross(copies)
     seconds = links.seconds(m[:, 5], nodes[m[:, 1]] == nodes[m[:, 2]])
-    slowest = np.zeros(copies.num_rounds)
-    np.maximum.at(slowest, m[:, 0], seconds)
+    out_free, in_free = [0.0] * size, [0.0] * size
+    for src, dst, took in zip(m[:, 1].tolist(), m[:, 2].tolist(), seconds.tolist(), strict=True):
+        out_free[src] = in_free[dst] = max(out_free[src], in_free[dst]) + took
     sends, receives = (np.bincount(m[:, side], seconds, minlength=size) for side in (1, 2))
-    return sends, receives, float(slowest.sum())
+    return sends, receives, max(in_free)
 
 
 def _wire(copies: CopyTable, size: int) -> tuple[np.ndarray, np.ndarray]:

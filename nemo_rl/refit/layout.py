@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -73,6 +73,30 @@ def natural_order(fqns: Iterable[str]) -> list[str]:
     return sorted(fqns, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
 
 
+@lru_cache(maxsize=64)
+def _one_of_equal(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same object for equal names: layouts of many ranks share them."""
+    return names
+
+
+@lru_cache(maxsize=4096)
+def meta_of(shape: tuple[int, ...], dtype: str) -> TensorMeta:
+    """The same object for equal arguments; `dtype` as `float32`. Raises AttributeError for a dtype unknown to torch."""
+    return TensorMeta(shape, getattr(torch, dtype))
+
+
+def _columns(regions: Sequence[Region]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and sizes of all regions, padded to the most dims."""
+    dims = np.fromiter((r.ndim for r in regions), np.int64, len(regions))
+    most = int(dims.max(initial=0))
+    offsets, sizes = np.zeros((len(regions), most), np.int64), np.ones((len(regions), most), np.int64)
+    for ndim in np.unique(dims[dims > 0]).tolist():
+        rows = np.flatnonzero(dims == ndim)
+        offsets[rows, :ndim] = [regions[i].offsets for i in rows.tolist()]
+        sizes[rows, :ndim] = [regions[i].sizes for i in rows.tolist()]
+    return offsets, sizes
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """One rank's holdings without their views, columnar and cheap to send.
@@ -98,24 +122,23 @@ class Layout:
         Raises:
             ValueError: a name is not in the table or a region leaves its tensor; all violations at once.
         """
-        bad = [f"{f}: not in the tensor table" for f, _ in rows if f not in table]
+        found = [table.get(fqn) for fqn, _ in rows]
+        bad = [f"{fqn}: not in the tensor table" for (fqn, _), meta in zip(rows, found, strict=True) if meta is None]
         bad += [
-            f"{f}: region {r} leaves shape {table[f].shape}"
-            for f, r in rows
-            if f in table and not r.fits(table[f].shape)
+            f"{fqn}: region {region} leaves shape {meta.shape}"
+            for (fqn, region), meta in zip(rows, found, strict=True)
+            if meta is not None and not region.fits(meta.shape)
         ]
         if bad:
             raise ValueError("layout refused: " + "; ".join(bad))
-        names = tuple(natural_order({f for f, _ in rows}))
+        used = {fqn for fqn, _ in rows}
+        names = _one_of_equal(tuple(name for name in table if name in used))
         index = {name: i for i, name in enumerate(names)}
-        ndim = max((r.ndim for _, r in rows), default=0)
-        offsets, sizes = np.zeros((len(rows), ndim), np.int64), np.ones((len(rows), ndim), np.int64)
-        for i, (_, region) in enumerate(rows):
-            offsets[i, : region.ndim], sizes[i, : region.ndim] = region.offsets, region.sizes
         tensor = np.fromiter((index[f] for f, _ in rows), np.int32, len(rows))
         unit = np.full(len(rows), -1, np.int32) if units is None else np.asarray(units, np.int32)
         if len(unit) != len(rows):
             raise ValueError(f"{len(rows)} rows but {len(unit)} landing units")
+        offsets, sizes = _columns([region for _, region in rows])
         return cls(names, tuple(table[n] for n in names), tensor, offsets, sizes, unit)
 
     @classmethod
@@ -166,15 +189,17 @@ class Layout:
         """Inverse of `to_bytes`. Raises ValueError where the bytes are damaged or rows do not fit the tensors."""
         try:
             head, arrays = unpack(data)
-            table = {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head}
-            layout = cls(tuple(table), tuple(table.values()), *(arrays[name] for name in _COLUMNS))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = _one_of_equal(tuple(n for n, _, _ in head))
+            layout = cls(names, tuple(meta_of(tuple(s), d) for _, s, d in head), *(arrays[name] for name in _COLUMNS))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"layout refused: {error}") from error
         layout._check()
         return layout
 
     def _check(self) -> None:
-        """Raises ValueError where columns differ in length or a row leaves its tensor."""
+        """Raises ValueError where a name comes twice, columns differ in length or a row leaves its tensor."""
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"layout refused: {len(self.names)} names, {len(set(self.names))} of them different")
         count, ndim = len(self.tensor), max((len(m.shape) for m in self.metas), default=0)
         shapes = [column.shape for column in (self.offsets, self.sizes, self.unit)]
         if shapes != [(count, ndim), (count, ndim), (count,)] or (
@@ -183,9 +208,7 @@ class Layout:
             raise ValueError(
                 f"layout refused: columns {shapes} do not go with {count} rows of {len(self.names)} tensors"
             )
-        limit = np.ones((len(self.metas), ndim), np.int64)
-        for i, meta in enumerate(self.metas):
-            limit[i, : len(meta.shape)] = meta.shape
+        limit = _columns([Region.whole(m.shape) for m in self.metas])[1]
         ends = self.offsets + self.sizes
         bad = np.flatnonzero(((self.offsets < 0) | (self.sizes < 0) | (ends > limit[self.tensor])).any(axis=1))
         if len(bad):

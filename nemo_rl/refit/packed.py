@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,18 @@ import numpy as np
 
 def pack(head: Any, arrays: Mapping[str, np.ndarray]) -> bytes:
     """Length of the description, the description (JSON), the arrays' memory in order."""
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    shapes = [[name, array.dtype.str, list(array.shape)] for name, array in plain.items()]
+    return b"".join(packed_parts(head, arrays))
+
+
+def packed_parts(head: Any, arrays: Mapping[str, np.ndarray]) -> Iterator[bytes | memoryview]:
+    """`pack` part by part; arrays that are contiguous are not copied."""
+    shapes = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     text = json.dumps({"head": head, "arrays": shapes}).encode()
-    return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in plain.values())])
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for array in arrays.values():
+        if array.size:
+            yield np.ascontiguousarray(array).data.cast("B")
 
 
 def unpack(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:

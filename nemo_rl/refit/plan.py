@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch
 
 from nemo_rl.refit.base import World
-from nemo_rl.refit.layout import TensorMeta, TensorTable
-from nemo_rl.refit.packed import pack, unpack
+from nemo_rl.refit.layout import TensorTable, meta_of
+from nemo_rl.refit.packed import pack, packed_parts, unpack
 from nemo_rl.refit.region import Region
 
 
@@ -46,7 +46,8 @@ class CopyTable:
     """Copies in message order and the messages that carry them, columnar.
 
     Copy arrays have one entry a copy (`offsets`, `sizes`: one row); `messages` has the columns round, src_rank,
-    dst_rank, lo, hi, num_bytes. Within a round every rank sends at most one message and receives at most one.
+    dst_rank, lo, hi, num_bytes. Within a round every rank sends at most one message and receives at most one. Rounds
+    grow along `messages`.
     """
 
     tensor: np.ndarray
@@ -71,7 +72,33 @@ class CopyTable:
 
     @property
     def num_rounds(self) -> int:
-        return int(self.messages[:, 0].max()) + 1 if len(self.messages) else 0
+        """Rounds in which some message goes; their numbers have gaps."""
+        return len(np.unique(self.messages[:, 0]))
+
+    def of_rank(self, rank: int) -> CopyTable:
+        """The copies and messages that `rank` sends or receives."""
+        mine = (self.src_rank == rank) | (self.dst_rank == rank)
+        m = self.messages[(self.messages[:, 1] == rank) | (self.messages[:, 2] == rank)]
+        lo = (np.cumsum(mine) - 1)[m[:, 3]]
+        rows = np.flatnonzero(mine)
+        columns = {name: column[rows] for name, column in self.arrays().items() if name != "messages"}
+        messages = np.column_stack([m[:, :3], lo, lo + m[:, 4] - m[:, 3], m[:, 5]])
+        return CopyTable(**columns, messages=messages)
+
+    def with_messages(self, messages: np.ndarray) -> CopyTable:
+        return CopyTable(**{**self.arrays(), "messages": messages})
+
+    @classmethod
+    def stack(cls, tables: list[CopyTable], ndim: int) -> CopyTable:
+        """All copies of `tables` in order; messages are in the order of the tables too."""
+        if not tables:
+            flat, box = np.zeros(0, np.int32), np.zeros((0, ndim), np.int64)
+            return cls(flat, box, box, flat, flat, flat, flat, np.zeros((0, 6), np.int64))
+        first = np.cumsum([0, *(len(t) for t in tables)])
+        messages = [t.messages + start * np.array([0, 0, 0, 1, 1, 0]) for t, start in zip(tables, first, strict=False)]
+        names = [name for name in cls.__dataclass_fields__ if name != "messages"]
+        columns = {name: np.concatenate([getattr(t, name) for t in tables]) for name in names}
+        return cls(**columns, messages=np.concatenate(messages))
 
     def wire_bytes(self, rank: int) -> tuple[int, int]:
         """Bytes that `rank` sends to and receives from other ranks."""
@@ -149,9 +176,24 @@ class RefitPlan:
         """Payload bytes of one pass of the misc broadcast."""
         return sum(self.table[f].num_bytes for f in self.misc_fqns)
 
+    def part(self, rank: int) -> RefitPlan:
+        """The same plan with the copies and messages that concern `rank`, which is what it executes and verifies.
+
+        Generators and `misc_root` compare all copies of misc tensors, so they keep those.
+        """
+        whole = rank == self.misc_root or rank in self.world.generators
+        misc = self.misc if whole else self.misc.of_rank(rank)
+        return replace(self, bulk=self.bulk.of_rank(rank), misc=misc)
+
     def to_bytes(self) -> bytes:
         """Wire form; equal plans have equal bytes."""
-        head = {
+        return pack(self._head(), self._arrays())
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {f"{part}.{k}": v for part in ("bulk", "misc") for k, v in getattr(self, part).arrays().items()}
+
+    def _head(self) -> dict[str, Any]:
+        return {
             "world": [self.world.trainers, self.world.generators],
             "table": [[n, list(m.shape), str(m.dtype).removeprefix("torch.")] for n, m in self.table.items()],
             "misc_fqns": self.misc_fqns,
@@ -161,8 +203,6 @@ class RefitPlan:
             "kept": sorted(self.kept.items()),
             "numbers": [self.required_bytes, self.bucket_bytes],
         }
-        arrays = {f"{part}.{k}": v for part in ("bulk", "misc") for k, v in getattr(self, part).arrays().items()}
-        return pack(head, arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RefitPlan:
@@ -178,7 +218,7 @@ class RefitPlan:
         required, bucket = head["numbers"]
         return cls(
             World(*(tuple(ranks) for ranks in head["world"])),
-            {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in head["table"]},
+            {n: meta_of(tuple(s), d) for n, s, d in head["table"]},
             bulk,
             misc,
             tuple(head["misc_fqns"]),
@@ -193,7 +233,10 @@ class RefitPlan:
     @cached_property
     def digest(self) -> str:
         """Hash of the wire form; ranks compare it before any of them moves a byte."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        found = hashlib.sha256()
+        for part in packed_parts(self._head(), self._arrays()):
+            found.update(part)
+        return found.hexdigest()
 
     def describe(self) -> str:
         """A few lines for a log: what travels, how, and who is the busiest."""

@@ -6,10 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from nemo_rl.refit.base import Declaration
-from nemo_rl.refit.layout import Layout, TensorMeta, TensorTable, natural_order
+from nemo_rl.refit.layout import Layout, TensorTable, meta_of, natural_order
 
 
 def _pack(head: Mapping[str, Any], layout: Layout) -> bytes:
@@ -30,7 +28,7 @@ def pack_table(table: TensorTable) -> bytes:
 
 def unpack_table(data: bytes) -> TensorTable:
     """Inverse of `pack_table`, in natural order. Raises ValueError where the bytes are damaged."""
-    return {n: TensorMeta(tuple(s), getattr(torch, d)) for n, s, d in json.loads(data)}
+    return {n: meta_of(tuple(s), d) for n, s, d in json.loads(data)}
 
 
 def pack_source(layout: Layout, unused: Mapping[str, str], problems: Sequence[str]) -> bytes:
