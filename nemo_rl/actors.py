@@ -24,6 +24,7 @@ from nemo_rl.grpo.types import Completion, RolloutBatch
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.topology import Topology, parallel_of
 from nemo_rl.trainer.actor import TrainerActor, trainer_env
+from nemo_rl.trainer.model import model_shape, read_config
 from nemo_rl.trainer.policy import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -86,11 +87,12 @@ def refit_options(config: Config) -> RefitOptions:
 
 @dataclass(frozen=True, slots=True)
 class TrainerGroup:
-    """All trainer ranks as one (`nemo_rl.grpo.loop.Trainers`)."""
+    """All trainer ranks as one (`nemo_rl.grpo.loop.Trainers`); `calibrates` says that they hold scales of a cache."""
 
     actors: Sequence[Actor]
     temperature: float
     deadline_s: float
+    calibrates: bool = False
 
     def logprobs(self, batch: RolloutBatch, *, reference: bool) -> torch.Tensor:
         ids = ray.put(batch.input_ids)
@@ -101,6 +103,11 @@ class TrainerGroup:
         ids, loss = ray.put(batch.input_ids), ray.put(BatchLoss(inputs, options, Normalizer.of(inputs.mask)))
         calls = [(a, a.handle.train.remote(ids, loss, lr, self.temperature)) for a in self.actors]
         return dict(wait_all(calls, "train", self.deadline_s)[0])
+
+    def calibrate(self, batch: RolloutBatch) -> None:
+        if self.calibrates:
+            ids = ray.put(batch.input_ids)
+            wait_all([(a, a.handle.calibrate.remote(ids)) for a in self.actors], "calibrate", self.deadline_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +249,9 @@ class Actors:
     def groups(self, stop_token_ids: tuple[int, ...]) -> tuple[TrainerGroup, GeneratorGroup, RefitGroup]:
         """The loop's three handles."""
         deadline = self._config.grpo.step_deadline_s
+        scales = model_shape(read_config(self._trainer_config.model_path)).cache_scales
         return (
-            TrainerGroup(self.trainers, self._config.policy.generation.temperature, deadline),
+            TrainerGroup(self.trainers, self._config.policy.generation.temperature, deadline, bool(scales)),
             GeneratorGroup(self.generators, stop_token_ids, deadline),
             self.refit_group(refit_options(self._config)),
         )

@@ -36,6 +36,9 @@ class Trainers(Protocol):
     def train(self, batch: RolloutBatch, inputs: LossInputs, options: LossOptions, lr: float) -> dict[str, float]:
         """One optimizer step on the whole of `batch`; `loss`, `grad_norm` and the loss function's metrics."""
 
+    def calibrate(self, batch: RolloutBatch) -> None:
+        """Where the model has scales of an FP8 KV cache, set them by what its attention sees of `batch`."""
+
 
 @dataclass(frozen=True, slots=True)
 class RefitSummary:
@@ -123,7 +126,7 @@ class GrpoLoop:
         inputs = LossInputs(advantages, batch.mask, old, batch.generator_logprobs, reference)
         with self._timed("train_s"):
             trained = self._train(batch, inputs, self._learning_rate(step))
-        summary = self._refit(step)
+        summary = self._refit(step, batch)
         return {
             "step": step,
             "reward_mean": float(batch.rewards.mean()),
@@ -180,10 +183,11 @@ class GrpoLoop:
         ]
         return {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]} | {"lr": lr}
 
-    def _refit(self, step: int) -> RefitSummary | None:
+    def _refit(self, step: int, batch: RolloutBatch) -> RefitSummary | None:
         every = self._config.grpo.refit_every
         if not every or step % every:
             return None
+        self._trainers.calibrate(batch)
         summary = self._refitter.refit(step)
         self._version = summary.version
         return summary

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
 
-from nemo_rl.actors import Actors, TrainerGroup, generator_config, refit_options
+from nemo_rl.actors import Actors, generator_config, refit_options
 from nemo_rl.cluster import Cluster
 from nemo_rl.config import Config, load_config
 from nemo_rl.generator.actor import GeneratorActor
@@ -24,7 +25,15 @@ from ..unit.trainer.models import make_config, make_model
 
 BASE = Path(__file__).parents[2] / "examples" / "configs" / "grpo_qwen3_tiny_cpu.yaml"
 PROMPTS = [[5, 9, 3, 77], [1], [90, 91, 92, 93, 94, 95, 96, 97, 98]]
+FP8_CACHE = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": [],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+}
 DENSE = ["policy.megatron_cfg.tensor_model_parallel_size=2"]
+CACHE = [*DENSE, "policy.generation.vllm_cfg.kv_cache_dtype=fp8"]
 MOE = [
     *DENSE,
     "policy.megatron_cfg.expert_model_parallel_size=2",
@@ -59,6 +68,9 @@ def stack(kind: str, folder: Path, overrides: list[str]) -> Iterator[tuple[Confi
     changes = sizes.get(kind, {})
     config = make_config(kind, num_hidden_layers=2, **changes)
     make_model(config).save_pretrained(folder)
+    if overrides is CACHE:
+        config.quantization_config = FP8_CACHE
+        config.save_pretrained(folder)
     settings = configured(folder, overrides)
     topology, problems = topology_of(settings)
     assert not problems
@@ -70,7 +82,7 @@ def stack(kind: str, folder: Path, overrides: list[str]) -> Iterator[tuple[Confi
 
 
 def train(actors: Actors, seed: int) -> None:
-    """One optimizer step large enough to change every parameter."""
+    """One optimizer step large enough to change every parameter, and scales of the cache for what it gave."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 128, (8, 16), generator=g)
     mask = torch.ones(8, 16)
@@ -80,7 +92,9 @@ def train(actors: Actors, seed: int) -> None:
     batch = RolloutBatch(ids, lengths, mask, old, rewards, torch.arange(8))
     inputs = LossInputs(torch.randn(8, generator=g), mask, old, old, old)
     options = LossOptions(kl_penalty=0.1, clip_low=10.0, clip_high=1e6, importance_correction=False)
-    TrainerGroup(actors.trainers, 1.0, 120.0).train(batch, inputs, options, 1e-2)
+    trainers = actors.groups(())[0]
+    trainers.train(batch, inputs, options, 1e-2)
+    trainers.calibrate(batch)
 
 
 def observe(engine: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -114,7 +128,7 @@ def fresh_observation(settings: Config, folder: Path) -> Any:
         ray.kill(engine)
 
 
-@pytest.mark.parametrize(("kind", "overrides"), [("dense", DENSE), ("moe", MOE), ("latent", LATENT)])
+@pytest.mark.parametrize(("kind", "overrides"), [("dense", CACHE), ("moe", MOE), ("latent", LATENT)])
 def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[str], tmp_path: Path) -> None:
     with stack(kind, tmp_path / "start", overrides) as (settings, actors):
         group = actors.refit_group(refit_options(settings))
@@ -137,3 +151,6 @@ def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[s
             seen.append(want_said)
             train(actors, version)
         assert seen[0] != seen[1], "the step between the refits changed nothing"
+        if overrides is CACHE:
+            scales = load_file(tmp_path / "v2" / "model.safetensors")
+            assert all(0 < float(scales[f"model.layers.1.self_attn.{kind}_scale"]) < 1 for kind in "kvq")

@@ -50,6 +50,9 @@ class World:
         self.trained += 0.5
         return {"loss": 1.0, "grad_norm": float(batch.num_samples)}
 
+    def calibrate(self, batch: RolloutBatch) -> None:
+        self.calls.append(f"calibrate {batch.num_samples}")
+
     def refit(self, version: int) -> RefitSummary:
         self.calls.append(f"refit {version}")
         self.served, self.version = self.trained, 99 if self.broken_version else version
@@ -73,7 +76,7 @@ def test_order_of_a_run() -> None:
     world = World()
     rows = run(world, max_num_steps=2)
     step = ["generate", "logprobs", "reference", "train 4", "train 4"]
-    assert world.calls == ["refit 0", *step, "refit 1", *step, "refit 2"]
+    assert world.calls == ["refit 0", *step, "calibrate 8", "refit 1", *step, "calibrate 8", "refit 2"]
     assert [r["weight_version"] for r in rows] == [1, 2] == [r["step"] for r in rows]
     assert all(r["reward_mean"] == 0.5 and r["grad_norm"] == 4.0 for r in rows)
     assert all(r["gen_kl_error"] == 0.0 and r["refit_verified"] for r in rows)
