@@ -13,8 +13,8 @@ from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import RefitError, TransferError
 from nemo_rl.refit.session import RefitSession
 
+from .planted import model, rows_of, two_by_two
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any
-from .test_planted import model, rows_of, two_by_two
 
 
 def controls(count=3, deadline_s=5.0):
