@@ -31,6 +31,7 @@ class EngineSpec:
         quantization: as vLLM's engine argument; None follows the model's configuration.
         draft: the model is the multi-token-prediction head of `model_path`, as speculative decoding loads it.
         placement: how experts are dealt to ranks; vLLM falls back to `linear` where a model cannot do otherwise.
+        stage_layers: layers of each pipeline stage; empty for vLLM's own split.
 
     Raises:
         ValueError: a value is out of its range.
@@ -47,6 +48,7 @@ class EngineSpec:
     kv_cache_dtype: str = "auto"
     draft: bool = False
     placement: Literal["linear", "round_robin"] = "linear"
+    stage_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16"):
@@ -55,6 +57,10 @@ class EngineSpec:
             raise ValueError(f"tp, pp and dp are at least 1 and redundant_experts at least 0, got {self}")
         if self.redundant_experts and not (self.expert_parallel and self.tp * self.dp > 1):
             raise ValueError(f"redundant experts need expert_parallel over several ranks, got {self}")
+        if self.draft and self.pp > 1:
+            raise ValueError(f"a draft model lies whole on the last stage; describe it with pp 1, got {self}")
+        if self.stage_layers and len(self.stage_layers) != self.pp:
+            raise ValueError(f"stage_layers must give one number for each of {self.pp} stages, got {self}")
 
     @property
     def num_ranks(self) -> int:
@@ -74,14 +80,15 @@ def as_rank(spec: EngineSpec, rank: int) -> Iterator[Any]:
     """vLLM's configuration of `rank`, while its parallel groups stand over a process group that does nothing.
 
     Raises:
-        ValueError: the engine has no such rank, or vLLM refuses the model or the layout.
+        ValueError: the engine has no such rank, or vLLM refuses the configuration.
         RuntimeError: the process already has a default process group.
     """
     data_rank, *_ = spec.coordinates(rank)
-    config = engine_config(spec)
-    config.parallel_config.data_parallel_rank = data_rank
-    with _fake_groups(config, spec, rank), any_platform():
-        yield config
+    with _stages(spec.stage_layers):
+        config = engine_config(spec)
+        config.parallel_config.data_parallel_rank = data_rank
+        with _fake_groups(config, spec, rank), any_platform():
+            yield config
 
 
 def engine_config(spec: EngineSpec) -> Any:
@@ -109,6 +116,21 @@ def engine_config(spec: EngineSpec) -> Any:
     parallel.enable_eplb = spec.redundant_experts > 0
     parallel.eplb_config.num_redundant_experts = spec.redundant_experts
     return config
+
+
+@contextlib.contextmanager
+def _stages(layers: tuple[int, ...]) -> Iterator[None]:
+    """Inside, pipeline stages have these numbers of layers, as `VLLM_PP_LAYER_PARTITION` says it to a real engine."""
+    from vllm.distributed import utils
+
+    def own_split(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
+        if sum(layers) != num_hidden_layers:
+            raise ValueError(f"stage_layers {layers} are {sum(layers)} layers, but the model has {num_hidden_layers}")
+        start = sum(layers[:pp_rank])
+        return start, start + layers[pp_rank]
+
+    with attributes(utils, get_pp_indices=own_split if layers else utils.get_pp_indices):
+        yield
 
 
 @contextlib.contextmanager

@@ -71,8 +71,9 @@ def trace_rank(spec: EngineSpec, rank: int, table: TensorTable) -> Trace:
     """The trace of one rank of an engine that need not exist, in a process without distributed state.
 
     Raises:
-        ValueError: the engine has no such rank, or vLLM refuses the model or the layout.
+        ValueError: the engine has no such rank, or vLLM refuses the configuration.
         RuntimeError: the process already has a default process group.
+        Exception: whatever else vLLM's classes refuse a model or a layout with.
     """
     with as_rank(spec, rank) as config:
         return trace_twin(build_twin(config, draft=spec.draft), config, draft_table(table) if spec.draft else table)

@@ -32,7 +32,7 @@ EXPERTS: list[dict[str, Any]] = [
 REDUNDANT: dict[str, Any] = {"dp": 2, "tp": 2, "expert_parallel": True, "redundant_experts": 4}
 ROUND_ROBIN: dict[str, Any] = {"tp": 4, "expert_parallel": True, "placement": "round_robin"}
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
-    "qwen3": PLAIN,
+    "qwen3": [*PLAIN, {"pp": 3, "stage_layers": (0, 2, 1)}],
     "qwen3_tied": PLAIN,
     "qwen2_bias": PLAIN,
     "fp8_kv_scales": [*PLAIN, {"kv_cache_dtype": "fp8"}],
@@ -161,7 +161,14 @@ def test_ranks_that_are_not_there_are_refused(reports: dict[str, Any]) -> None:
         "rank 2": "rank 2 of an engine with 2 ranks (dp 1, pp 1, tp 2)",
         "redundant": "redundant experts need expert_parallel over several ranks",
         "precision": "precision is float32 or bfloat16, got int8",
+        "draft": "a draft model lies whole on the last stage; describe it with pp 1",
+        "stages": "stage_layers (2, 2) are 4 layers, but the model has 3",
     }
+
+
+def test_a_rank_leaves_nothing_behind(reports: dict[str, Any]) -> None:
+    """Not even one that vLLM refuses while its model is built: five key heads over two ranks."""
+    assert reports["left behind"] == [] and "AssertionError" in reports["refused while built"]
 
 
 # ---- the program
@@ -172,6 +179,9 @@ def all_reports(folder: Path) -> dict[str, Any]:
     from tests.golden.oracle import judge
 
     out: dict[str, Any] = {}
+    refused_while_built(folder)
+    before = borrowed()  # what vLLM's own imports change lies behind
+    out["refused while built"] = refused_while_built(folder)
     for family, layouts in LAYOUTS.items():
         FAMILIES[family](folder / family)
         table = checkpoint_table(family)
@@ -190,7 +200,38 @@ def all_reports(folder: Path) -> dict[str, Any]:
                     "experts": experts_of(verdict.trace),
                 }
     out["forgotten"] = forgotten(folder)
+    out["left behind"] = [name for name, value in borrowed().items() if before[name] is not value]
     return out | {"crowded": crowded(folder), "planted": planted(folder), "refused": refused(folder)}
+
+
+def borrowed() -> dict[str, object]:
+    """What tracing replaces for a while."""
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state, utils
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers import rotary_embedding
+    from vllm.model_executor.layers.fused_moe import config, expert_map_manager
+    from vllm.model_executor.layers.fused_moe.oracle import fp8, unquantized
+    from vllm.model_executor.models import utils as model_utils
+
+    owners = (dist, parallel_state, utils, linear, config, expert_map_manager, fp8, unquantized)
+    held = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
+    held = {name: value for name, value in held.items() if callable(value)}
+    held["post init"] = config.FusedMoEConfig.__post_init__
+    held["missing layers"] = model_utils._model_to_pp_missing_layer_names
+    held["rotary"] = rotary_embedding._ROPE_DICT
+    return held | {"hook": sys.excepthook, "group": dist.is_initialized(), "tp": parallel_state._TP}
+
+
+def refused_while_built(folder: Path) -> str:
+    from nemo_rl.generator.twin import EngineSpec, trace_rank
+
+    FAMILIES["qwen3"](folder / "odd")
+    config = json.loads((folder / "odd" / "config.json").read_text())
+    (folder / "odd" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 5}))
+    with pytest.raises(Exception) as caught:  # noqa: B017 - vLLM asserts
+        trace_rank(EngineSpec(str(folder / "odd"), tp=2), 0, {})
+    return caught.typename
 
 
 def experts_of(trace: Trace) -> list[int]:
@@ -259,6 +300,8 @@ def refused(folder: Path) -> dict[str, str]:
         "rank 2": words(lambda: trace_rank(EngineSpec(path, tp=2), 2, {})),
         "redundant": words(lambda: EngineSpec(path, tp=2, redundant_experts=2)),
         "precision": words(lambda: EngineSpec(path, precision="int8")),
+        "draft": words(lambda: EngineSpec(path, pp=2, draft=True)),
+        "stages": words(lambda: trace_rank(EngineSpec(path, pp=2, stage_layers=(2, 2)), 0, {})),
     }
 
 
