@@ -9,10 +9,13 @@ import torch
 
 from nemo_rl.generator.engine import AdapterConfig, Outcome
 from nemo_rl.generator.landing import VllmLanding
+from nemo_rl.generator.mend import mend_rotation
 from nemo_rl.refit.base import Landing, RefitOptions, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.start import UnchangedByStart
+
+mend_rotation()  # vLLM imports this module before it builds the model
 
 
 class RefitWorker:

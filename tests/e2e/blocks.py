@@ -20,11 +20,13 @@ def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def install() -> None:
-    """Offer the kernels to vLLM in this process; those that the processor runs itself still come first."""
+    """Offer the kernels to vLLM's CPU backend in this process, after those that the processor runs."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-    from vllm.platforms import PlatformEnum
+    from vllm.platforms import PlatformEnum, current_platform
 
+    if not current_platform.is_cpu():
+        return
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(_linear_kernel())
     experts: Any = cpu_moe.CPUExpertsFp8
     if not experts._supports_current_device():

@@ -323,19 +323,6 @@ def landed(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
 SCENARIOS = {"landed": landed, "blocks": blocks, "latent": latent, "online": online, "calibrated": calibrated}
 
 
-def mend_the_cpu() -> None:
-    """Kernels that the CPU lacks, and one that is wrong.
-
-    vLLM's CPU operator rotates queries that have an axis of heads, as in latent attention, wrongly.
-    """
-    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native  # type: ignore[method-assign, assignment]
-        install()
-
-
 if __name__ == "__main__":
-    mend_the_cpu()
+    install()
     answer(SCENARIOS, KINDS)
