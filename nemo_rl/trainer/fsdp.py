@@ -44,7 +44,10 @@ def _slabs(fqn: str, shape: Shape) -> list[_Slab]:
         return [_Slab("gate_proj", 0, rows // 2), _Slab("up_proj", rows // 2, rows)]
     if name in ("up_proj", "down_proj") and rows:
         return [_Slab(name, 0, rows)]
-    raise ValueError(f"{fqn} {shape}: experts come as gate_up_proj, up_proj and down_proj of 3 dims; extend the rule")
+    raise ValueError(
+        f"{fqn} {shape}: experts come as gate_up_proj, up_proj and down_proj of 3 dims; extend the rule, or export "
+        f"them as they are with stacked_experts=True"
+    )
 
 
 def _apart_table(fqn: str, meta: TensorMeta, slabs: list[_Slab]) -> TensorTable:

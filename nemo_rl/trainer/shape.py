@@ -91,7 +91,7 @@ class BlockFp8:
     """Linear weights in FP8, with a float32 scale for each block of `rows` x `columns`.
 
     Attributes:
-        kept: parts of the names of modules that are not quantized.
+        kept: modules that are not quantized, by consecutive parts of their names: `mlp.gate` is not `mlp.gate_proj`.
     """
 
     rows: int
@@ -101,7 +101,7 @@ class BlockFp8:
     def covers(self, fqn: str) -> bool:
         """Whether `fqn` is a linear weight in FP8: of a projection of a layer, never of a router or a draft's input."""
         named = fqn.endswith(_PROJECTIONS) and not fqn.endswith(".eh_proj.weight")
-        return named and not any(part in fqn for part in self.kept)
+        return named and not any(f".{part}." in f".{fqn}" for part in self.kept)
 
     def blocks(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Blocks along each dim of a weight of `size`; the last ones may be short."""
