@@ -94,21 +94,7 @@ class Bench:
         """Every rank of the trainers."""
         if layout.kind == "fsdp":
             return simulate_fsdp(self._table(model), layout.num_ranks, dim=layout.dim, replicas=layout.replicas)
-        parallel = Parallel(
-            layout.num_ranks,
-            tensor=layout.tp,
-            pipeline=layout.pp,
-            expert=layout.ep,
-            expert_tensor=layout.etp,
-            context=layout.cp,
-            virtual_pipeline=layout.vpp,
-            pipeline_layers=layout.layers,
-            first_layers=layout.first,
-            last_layers=layout.last,
-            count_embedding=layout.embedding,
-            count_loss=layout.loss,
-        )
-        return self._formed(model, parallel)
+        return self._formed(model, layout.parallel)
 
     def _table(self, model: Model) -> TensorTable:
         """Of a checkpoint; FSDP needs no rule of Megatron's."""

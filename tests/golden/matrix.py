@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from nemo_rl.trainer.model import Parallel
 from tests.golden.families import CONFIGS
 
 MATRIX = Path(__file__).with_name("matrix.yaml")
@@ -77,6 +78,24 @@ class Trainer:
             return self.dp * self.replicas
         return self.pp * math.lcm(self.tp * self.cp * self.dp, self.ep * self.etp)
 
+    @property
+    def parallel(self) -> Parallel:
+        """In Megatron's terms."""
+        return Parallel(
+            self.num_ranks,
+            tensor=self.tp,
+            pipeline=self.pp,
+            expert=self.ep,
+            expert_tensor=self.etp,
+            context=self.cp,
+            virtual_pipeline=self.vpp,
+            pipeline_layers=self.layers,
+            first_layers=self.first,
+            last_layers=self.last,
+            count_embedding=self.embedding,
+            count_loss=self.loss,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Generator:
@@ -109,7 +128,7 @@ class Row:
         colocated: the first generators are the trainers' own ranks.
         refused: words of the refusal that this row must end in.
         not_covered: why the row is not run; it counts as not passed.
-        kind, bound: of an engine row: a model of `engines.py`, and the largest logprob error.
+        bound: of an engine row: the largest error of a log-probability, against float32.
     """
 
     model: Model
@@ -121,7 +140,6 @@ class Row:
     colocated: bool = False
     refused: str = ""
     not_covered: str = ""
-    scenario: str = ""
     bound: float = 0.0
     note: str = ""
 

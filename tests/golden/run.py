@@ -6,6 +6,7 @@ Status 0 if every chosen row passed.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from rich.console import Console  # noqa: E402
 
 from tests.golden.case import Bench, Case  # noqa: E402
 from tests.golden.checks import Verdict, judge  # noqa: E402
+from tests.golden.engines import run_apart  # noqa: E402
 from tests.golden.execute import Outcome, simulate  # noqa: E402
 from tests.golden.matrix import MATRIX, Row, load  # noqa: E402
 from tests.golden.processes import Pool  # noqa: E402
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     if not rows:
         sys.stderr.write(f"no row of {options.matrix} has '{options.k}' in its name at level {options.level}\n")
         return 2
+    logging.getLogger("nemo_rl").setLevel(logging.CRITICAL)  # refusals are what some rows are there for
     console, results = Console(stderr=True, soft_wrap=True), []
     with tempfile.TemporaryDirectory() as folder, Pool() as pool:
         bench = Bench(Path(folder))
@@ -61,6 +64,8 @@ def run_row(bench: Bench, pool: Pool, row: Row) -> Result:
     started, ranks = time.monotonic(), (row.trainer.num_ranks, sum(g.num_ranks for g in row.generators))
     if row.not_covered:
         return Result(row, (), ranks, 0.0)
+    if row.run == "engine":
+        return _with_engines(row, ranks, started)
     if row.refused:
         return Result(row, (_refused(bench, pool, row),), ranks, time.monotonic() - started)
     try:
@@ -74,6 +79,16 @@ def run_row(bench: Bench, pool: Pool, row: Row) -> Result:
     for fqn, reason in plan.misc_reasons.items():
         misc.setdefault(reason, []).append(fqn)
     return Result(row, verdicts, ranks, time.monotonic() - started, plan.bulk_bytes, plan.misc_bytes, misc)
+
+
+def _with_engines(row: Row, ranks: tuple[int, int], started: float) -> Result:
+    try:
+        found = run_apart(row)
+    except Exception as error:
+        verdict = Verdict("ran", (f"{type(error).__name__}: {error}",))
+        return Result(row, (verdict,), ranks, time.monotonic() - started)
+    spent = time.monotonic() - started
+    return Result(row, found.verdicts, ranks, spent, found.bulk_bytes, found.misc_bytes, found.misc)
 
 
 def _run(pool: Pool, case: Case) -> Outcome:
