@@ -108,7 +108,9 @@ def test_bands_fill_their_nodes_and_stay_inside():
             for index, node in enumerate(side):
                 bands = [b for b in flow.bands if getattr(b, attribute) == index]
                 assert sum(b.width for b in bands) == pytest.approx(node.height)
-                assert min(getattr(b, top) for b in bands) == pytest.approx(node.top)
+                spans = sorted((getattr(b, top), getattr(b, top) + b.width) for b in bands)
+                assert spans[0][0] == pytest.approx(node.top)
+                assert all(a[1] == pytest.approx(b[0]) for a, b in zip(spans, spans[1:], strict=False))
 
 
 def test_one_view_gives_one_page():
