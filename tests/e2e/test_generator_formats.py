@@ -312,12 +312,12 @@ def blocks(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
         with fresh_landing(engine):
             said = engine.collective_rpc(lambda w, t: inner(w).refit_landing().declare(t).problems, table)
         found[f"{name} is missing"] = all(len(p) == 1 and "experts.w2_weight" in p[0] for p in said)
-    return found | logprobs(engine, a, b, 0.2)
+    return found | logprobs(engine, a, b, 0.4)
 
 
 def landed(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
     """What holds on every platform."""
-    return lands(engine, (a, observe(engine)), (b, fresh_b)) | logprobs(engine, a, b, 0.3)
+    return lands(engine, (a, observe(engine)), (b, fresh_b)) | logprobs(engine, a, b, 0.4)
 
 
 SCENARIOS = {"landed": landed, "blocks": blocks, "latent": latent, "online": online, "calibrated": calibrated}
