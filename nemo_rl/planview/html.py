@@ -48,7 +48,7 @@ def _cards(view: PlanView) -> str:
         ("bulk", size(view.bulk_bytes), f"{100 * view.bulk_share:.2f}% shard to shard"),
         ("misc", size(view.misc_bytes), f"{sum(r.count for r in view.misc)} whole tensors"),
         ("bottleneck", size(p.bottleneck_bytes), p.bottleneck),
-        ("predicted time", seconds(p.total_s), f"at most {seconds(p.rounds_s + p.misc_s)} in lockstep"),
+        ("predicted time", seconds(p.total_s), f"the bottleneck is busy for {seconds(p.bulk_s)}"),
         ("rounds", str(view.num_rounds), f"{view.num_messages} messages"),
         ("buffers a rank", size(p.staging_bytes), f"and {size(p.misc_staging_bytes)} for misc"),
     )

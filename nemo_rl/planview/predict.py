@@ -63,7 +63,7 @@ class Prediction:
 
     @property
     def total_s(self) -> float:
-        return self.bulk_s + self.misc_s
+        return self.rounds_s + self.misc_s
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Prediction:

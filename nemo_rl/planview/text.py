@@ -44,8 +44,8 @@ def summary(view: PlanView) -> Iterator[str]:
     )
     yield f"bottleneck: {p.bottleneck} {size(p.bottleneck_bytes)}"
     yield (
-        f"predicted time: {seconds(p.total_s)} (bulk {seconds(p.bulk_s)}, at most {seconds(p.rounds_s)} if every round "
-        f"waits for its slowest message; misc {seconds(p.misc_s)})"
+        f"predicted time: {seconds(p.total_s)} (bulk {seconds(p.rounds_s)}, of which the bottleneck is busy for "
+        f"{seconds(p.bulk_s)}; misc {seconds(p.misc_s)})"
     )
     yield (
         f"predicted memory: {size(p.staging_bytes)} of message buffers a rank, {size(p.misc_staging_bytes)} for whole "
