@@ -28,6 +28,7 @@ from nemo_rl.refit.session import RefitSession
 from nemo_rl.trainer.fsdp import simulate_fsdp
 from nemo_rl.trainer.model import model_shape, read_config
 from nemo_rl.trainer.simulated import SimulatedTrainer, simulate
+from tests.e2e import blocks
 from tests.e2e import engines as real
 from tests.e2e import test_generator_formats as formats
 from tests.golden.checks import Verdict
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str]) -> None:
     family, trainer, generators, bound = json.loads(arguments[0])
     layers = trainer["layers"]
     layout = Trainer(**{**trainer, "layers": tuple(layers) if layers else None})
-    formats.mend_the_cpu()
+    blocks.install()
     with tempfile.TemporaryDirectory() as folder:
         answer = run(Path(folder), family, layout, [Generator(**g) for g in generators], bound)
     sys.stdout.write(json.dumps(asdict(answer)) + "\n")
