@@ -125,6 +125,7 @@ class Bench:
             str(self.path(model)),
             tp=g.tp,
             pp=g.pp,
+            stage_layers=g.stages,
             dp=g.dp if g.ep else 1,
             expert_parallel=g.ep,
             redundant_experts=g.redundant,

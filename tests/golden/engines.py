@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from nemo_rl.generator.engine import GeneratorConfig, VllmEngine, worker_env
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.session import RefitSession
+from nemo_rl.trainer.exports import adapters_alone
 from nemo_rl.trainer.fsdp import simulate_fsdp
 from nemo_rl.trainer.model import model_shape, read_config
 from nemo_rl.trainer.simulated import SimulatedTrainer, simulate
 from tests.e2e import blocks
 from tests.e2e import engines as real
+from tests.e2e import test_generator_adapter as adapter
 from tests.e2e import test_generator_formats as formats
+from tests.golden.case import SEEDS
 from tests.golden.checks import Verdict
 from tests.golden.execute import ORDER, together
 from tests.golden.matrix import Generator, Row, Trainer
@@ -49,16 +52,41 @@ class Engine:
     precision: str = "float32"
 
 
+_LATENT = formats.KINDS["latent"]
+LATENT = replace(_LATENT, options={**_LATENT.options, "num_nextn_predict_layers": 0})
+"""Transformers saves no draft layers, whatever the configuration counts."""
 ENGINES = {
     "qwen3": Engine(real.KINDS["dense"]),
     "qwen3_tied": Engine(real.KINDS["tied"]),
     "qwen2_bias": Engine(real.KINDS["bias"]),
     "qwen3_moe": Engine(real.KINDS["moe"]),
-    "deepseek_v3": Engine(formats.KINDS["latent"]),
+    "deepseek_v3": Engine(LATENT),
     "fp8_kv_scales": Engine(formats.KINDS["calibrated"], "bfloat16"),
     "block_fp8": Engine(formats.KINDS["blocks"], "bfloat16"),
     "qwen2_to_fp8": Engine(formats.KINDS["online"], "bfloat16"),
+    "lora": Engine(adapter.kind_of(None)),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model made ready for a row.
+
+    Attributes:
+        path: what the engines are started from.
+        fresh: weights' name -> the model that a fresh engine loads to have those weights: folder and kind.
+        values: weights' name -> checkpoint that transformers computes the same with.
+        observe, garble: what is looked at in an engine, and what makes its weights random.
+    """
+
+    path: str
+    engine: Engine
+    trainer: SimulatedTrainer
+    weights: dict[str, real.Tensors]
+    fresh: dict[str, tuple[str, real.Kind]]
+    values: dict[str, str]
+    observe: Callable[[VllmEngine], Any]
+    garble: Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +123,28 @@ def run_apart(row: Row) -> Answer:
 
 
 def run(folder: Path, family: str, layout: Trainer, generators: Sequence[Generator], bound: float) -> Answer:
-    """Refit A, B and A into engines that start with random weights; compare each time with fresh ones."""
-    used = ENGINES[family]
-    paths = {n: real.make_checkpoint(folder / n, used.kind, seed, used.precision) for n, seed in (("A", 1), ("B", 2))}
-    weights = {name: load_file(f"{path}/model.safetensors") for name, path in paths.items()}
-    trainer = trainer_of(layout, paths["A"], weights["A"], used.precision)
+    """Refit A, B and A into engines that start with other weights; compare each time with fresh ones."""
+    make = ready_adapters if family == "lora" else ready_model
+    ready = make(folder, ENGINES[family], layout)
     fresh = [
-        {n: real.with_engine(path, used.kind, used.precision, g.tp, real.observe) for n, path in paths.items()}
+        {
+            n: real.with_engine(path, kind, ready.engine.precision, g.tp, ready.observe)
+            for n, (path, kind) in ready.fresh.items()
+        }
         for g in generators
     ]
-    sources = [RankSource(trainer.table, rows, trainer.unused) for rows in trainer.rows]
+    sources = [RankSource(ready.trainer.table, rows, ready.trainer.unused) for rows in ready.trainer.rows]
     wrong, reports = [], []
     with ExitStack() as stack:
-        serving = [stack.enter_context(started(paths["A"], used, g)) for g in generators]
+        serving = [stack.enter_context(started(ready, g)) for g in generators]
         plan, refit = stack.enter_context(world(sources, serving))
         for version, name in enumerate(ORDER, 1):
             for source in sources:
-                source.step(weights[name])
+                source.step(ready.weights[name])
             for engine in serving:
-                engine.collective_rpc(garble)  # type: ignore[arg-type]
+                engine.collective_rpc(ready.garble)  # type: ignore[arg-type]
             reports.append(refit(version))
-            seen = [real.observe(engine) for engine in serving]
+            seen = [ready.observe(engine) for engine in serving]
             wrong += [
                 f"refit {version} ({name}), engine {i}: not as an engine that loaded {name}"
                 for i, (got, want) in enumerate(zip(seen, fresh, strict=True))
@@ -123,10 +152,10 @@ def run(folder: Path, family: str, layout: Trainer, generators: Sequence[Generat
             ]
     wrong += [f"engine {i}: A and B answer alike" for i, w in enumerate(fresh) if not real.differ(w["A"], w["B"])]
     verdicts = (
-        checkpoint_verdict(trainer, weights["A"]),
+        checkpoint_verdict(ready.trainer, ready.weights["A"]),
         Verdict("equal", tuple(wrong), f"{len(generators)} engines after {len(ORDER)} refits, answers and parameters"),
         moved_verdict(plan, reports),
-        logprob_verdict(seen, paths, bound),
+        logprob_verdict(seen, ready.values, bound),
     )
     misc: dict[str, list[str]] = {}
     for fqn, reason in plan.misc_reasons.items():
@@ -134,19 +163,41 @@ def run(folder: Path, family: str, layout: Trainer, generators: Sequence[Generat
     return Answer(verdicts, plan.bulk_bytes, plan.misc_bytes, misc)
 
 
-def trainer_of(layout: Trainer, path: str, tensors: real.Tensors, precision: str) -> SimulatedTrainer:
-    """Trainers of the checkpoint: by Megatron's rule, or shards of its tensors as FSDP cuts them."""
+def ready_model(folder: Path, engine: Engine, layout: Trainer) -> Ready:
+    """Two checkpoints. Trainers hold them by Megatron's rule, or shards of their tensors as FSDP cuts them."""
+    kind, precision = engine.kind, engine.precision
+    paths = {n: real.make_checkpoint(folder / n, kind, seed, precision) for n, seed in SEEDS.items()}
+    weights = {name: load_file(f"{path}/model.safetensors") for name, path in paths.items()}
     if layout.kind == "fsdp":
-        table = real.table_of(tensors)
-        return simulate_fsdp(table, layout.num_ranks, dim=layout.dim, replicas=layout.replicas)
+        table = real.table_of(weights["A"])
+        trainer = simulate_fsdp(table, layout.num_ranks, dim=layout.dim, replicas=layout.replicas)
+    else:
+        trainer = trained_model(paths["A"], layout, precision)
+    fresh = {name: (path, kind) for name, path in paths.items()}
+    dummy = replace(engine, kind=replace(kind, engine={**kind.engine, "load_format": "dummy"}))
+    return Ready(paths["A"], dummy, trainer, weights, fresh, paths, real.observe, garble_model)
+
+
+def ready_adapters(folder: Path, engine: Engine, layout: Trainer) -> Ready:
+    """Two adapters of one base, which counts for the log-probabilities with each of them merged."""
+    base = real.make_checkpoint(folder / "base", engine.kind, 1, engine.precision)
+    paths = {name: adapter.write_adapter(folder / name, base, seed) for name, seed in SEEDS.items()}
+    trainer = adapters_alone(trained_model(base, layout, engine.precision), adapter.RANK, adapter.SIZES)
+    weights = {name: load_file(f"{path}/{adapter.FILE}") for name, (path, _) in paths.items()}
+    fresh = {name: (base, adapter.kind_of(path)) for name, (path, _) in paths.items()}
+    merged = {name: folder_of_merged for name, (_, folder_of_merged) in paths.items()}
+    return Ready(base, engine, trainer, weights, fresh, merged, adapter.seen_by, adapter.garble)
+
+
+def trained_model(path: str, layout: Trainer, precision: str) -> SimulatedTrainer:
     return simulate(model_shape(read_config(path)), layout.parallel, getattr(torch, precision))
 
 
 @contextmanager
-def started(path: str, used: Engine, generator: Generator) -> Iterator[VllmEngine]:
-    """An engine with random weights."""
-    small = {"max_model_len": 192, "max_num_seqs": 4, "kv_cache_memory_bytes": 8 << 20, "load_format": "dummy"}
-    engine = VllmEngine(GeneratorConfig(path, generator.tp, used.precision, **{**small, **used.kind.engine}))  # type: ignore[arg-type]
+def started(ready: Ready, generator: Generator) -> Iterator[VllmEngine]:
+    """An engine whose weights are not those that refits bring."""
+    small = {"max_model_len": 192, "max_num_seqs": 4, "kv_cache_memory_bytes": 8 << 20, **ready.engine.kind.engine}
+    engine = VllmEngine(GeneratorConfig(ready.path, generator.tp, ready.engine.precision, **small))  # type: ignore[arg-type]
     try:
         yield engine
     finally:
@@ -180,7 +231,7 @@ def world(
         engine.refit_close()
 
 
-def garble(worker: Any) -> None:
+def garble_model(worker: Any) -> None:
     """In a worker: random values in what kernels read."""
     real.garble_kernels(worker.model_runner.get_model())
 

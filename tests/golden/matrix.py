@@ -99,10 +99,11 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """Engines of one kind; `replicas` of them. Other attributes are those of `EngineSpec`."""
+    """Engines of one kind; `replicas` of them, `stages` with as many layers each. The rest is as in `EngineSpec`."""
 
     tp: int = 1
     pp: int = 1
+    stages: tuple[int, ...] = ()
     dp: int = 1
     ep: bool = False
     redundant: int = 0
@@ -180,7 +181,7 @@ def _row(models: Mapping[str, Model], given: Mapping[str, Any]) -> Row:
         raise ValueError(f"{given}: the family is none of {', '.join(models)}")
     layers = given["trainer"].get("layers")
     trainer = _made(Trainer, {**given["trainer"], "layers": tuple(layers) if layers else None})
-    generators = tuple(_made(Generator, g) for g in given["generators"])
+    generators = tuple(_made(Generator, {**g, "stages": tuple(g.get("stages", ()))}) for g in given["generators"])
     row = _made(Row, {"model": models[given["family"]], "trainer": trainer, "generators": generators, **rest})
     if row.run not in RUNS or trainer.kind not in ("megatron", "fsdp"):
         raise ValueError(f"{given}: run is one of {RUNS}, a trainer's kind megatron or fsdp")
