@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nemo_rl.generator import compat, formats
+from nemo_rl.generator.placement import moved_experts
 from nemo_rl.generator.twin import build_twin, trace_twin
 from nemo_rl.refit.base import Declaration
 from nemo_rl.refit.layout import Layout, TensorTable
@@ -92,7 +93,7 @@ class VllmLanding:
         twin = build_twin(self._config)
         trace = trace_twin(twin, self._config, table)
         found = formats.classify(self._model, twin, self._config)
-        problems = [*trace.problems, *found.problems, *_uneven(trace.left_alone, twin)]
+        problems = [*trace.problems, *found.problems, *_uneven(trace.left_alone, twin), *moved_experts(self._model)]
         short = {_module_of(p) for p in _short_parameters(trace, twin)} if trace.misc else set()
         misc = _close_over_modules(trace, short, found.must_be_misc)
         rows = tuple(row for row in trace.rows if row.fqn not in misc)
@@ -137,12 +138,15 @@ class VllmLanding:
     # ---- one update
 
     def begin(self, version: int) -> None:
-        """Raises RuntimeError where an update is open, one was rejected, or nothing was declared."""
+        """Raises RuntimeError where an update is open or one was rejected, nothing was declared, or experts moved."""
         if self._rejected is not None or self._update is not None:
             state = f"was rejected: {self._rejected}" if self._update is None else f"to {self._update.version} is open"
             raise RuntimeError(f"version {version} cannot begin; an earlier update {state}")
         if self._layouts is None:
             raise RuntimeError("declare() must come before begin()")
+        moved = moved_experts(self._model)
+        if moved:
+            raise RuntimeError(f"version {version} cannot begin; stop balancing experts: {'; '.join(moved[:4])}")
         self._update = Update(version)
         for param, ranges in self._layouts.padding.items():
             _zero(self._tensor(param), ranges)

@@ -126,6 +126,18 @@ def test_an_expert_in_two_slots_of_a_rank_is_copied_to_both(reports: dict[str, A
     assert crowded["copies of expert 0"] == 2 and crowded["copies of expert 7"] == 1
 
 
+def test_experts_that_a_balancer_moved_stop_a_refit(reports: dict[str, Any]) -> None:
+    first, last = (f"model.layers.{layer}.mlp.experts" for layer in (0, 2))
+    told = "experts 1, 4 are not in the slots that the loader fills"
+    assert reports["balanced"] == {
+        "no balancer": [],
+        "as loaded": [],
+        "moved": [f"{first}: {told}", f"{last}: {told}"],
+        "declared": [f"{first}: {told}", f"{last}: {told}"],
+        "begun": f"version 2 cannot begin; stop balancing experts: {first}: {told}; {last}: {told}",
+    }
+
+
 def test_slots_that_the_loader_forgets_are_named(reports: dict[str, Any]) -> None:
     """vLLM fills redundant slots from single experts, but not from stacked ones: ranks 2 and 3 of 4 would lack some."""
     slot = 64 * 32 * 2
@@ -199,7 +211,7 @@ def all_reports(folder: Path) -> dict[str, Any]:
                     "params": sorted({row.param for row in verdict.trace.rows}),
                     "experts": experts_of(verdict.trace),
                 }
-    out["forgotten"] = forgotten(folder)
+    out["forgotten"], out["balanced"] = forgotten(folder), balanced(folder)
     out["left behind"] = [name for name, value in borrowed().items() if before[name] is not value]
     return out | {"crowded": crowded(folder), "planted": planted(folder), "refused": refused(folder)}
 
@@ -260,6 +272,34 @@ def forgotten(folder: Path) -> dict[int, Any]:
 
     spec = EngineSpec(str(folder / "stacked_experts"), **REDUNDANT)
     return {rank: trace_rank(spec, rank, checkpoint_table("stacked_experts")).problems for rank in (1, 2, 3)}
+
+
+def balanced(folder: Path) -> dict[str, Any]:
+    """Two balanced layers, whose experts 1 and 4 change slots."""
+    from nemo_rl.generator.landing import VllmLanding
+    from nemo_rl.generator.placement import moved_experts
+    from nemo_rl.generator.ranks import as_rank
+    from nemo_rl.generator.twin import EngineSpec, build_twin
+
+    table = checkpoint_table("qwen3_moe")
+    with as_rank(EngineSpec(str(folder / "qwen3_moe"), **REDUNDANT), 0) as config:
+        model = build_twin(config, "cpu")
+        landing = VllmLanding(model, config, config.model_config)
+        out: dict[str, Any] = {"no balancer": moved_experts(model)}
+        slots = torch.tensor([[e, e + 8 if e < 4 else -1, -1] for e in range(8)])
+        states = [layer.mlp.experts.router.eplb_state for layer in model.model.layers]
+        states[0].logical_to_physical_map, states[2].logical_to_physical_map = slots, slots.clone()
+        out["as loaded"] = moved_experts(model)
+        landing.declare(table)
+        landing.begin(1)
+        landing.commit(1)
+        for state in (states[0], states[2]):
+            state.logical_to_physical_map[1, 1], state.logical_to_physical_map[4, 0] = 4, 9
+        out["moved"] = moved_experts(model)
+        out["declared"] = [p for p in landing.declare(table).problems if "slots" in p]
+        with pytest.raises(RuntimeError) as caught:
+            landing.begin(2)
+        return out | {"begun": str(caught.value)}
 
 
 def planted(folder: Path) -> dict[str, Any]:
