@@ -130,10 +130,9 @@ def _materialize(model: nn.Module) -> None:
 
 
 def _randomize(param: torch.Tensor) -> None:
-    data = param.detach()
-    data.as_strided((data.untyped_storage().nbytes() // data.element_size(),), (1,), 0).view(torch.uint8).random_(
-        0, 256
-    )
+    """Fill the whole storage with random bytes."""
+    storage = torch.empty(0, dtype=torch.uint8).set_(param.untyped_storage())  # type: ignore[call-overload]
+    storage.random_(0, 256)
 
 
 @contextlib.contextmanager
