@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -48,8 +48,6 @@ class TrainerConfig:
         router_bias_update_rate: how far a step moves the correction bias of a sigmoid router towards even loads.
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
-        cache_scales: hold scales for an FP8 KV cache, also where the checkpoint's configuration names none; `calibrate`
-            sets them, refits and exports bring them along.
         deadline_s: longest that any collective between trainers may take.
     """
 
@@ -67,7 +65,6 @@ class TrainerConfig:
     logprob_batch_size: int = 128
     seed: int = 42
     keep_reference: bool = True
-    cache_scales: bool = False
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -95,9 +92,8 @@ class MegatronPolicy:
         problems = check_parallel(hf_config, config.parallel)
         if not problems:
             self._shape = model_shape(hf_config)
-            problems = self._hold_cache_scales() if config.cache_scales else []
             table = families.required(self._shape, self._dtype)
-            problems += checkpoint.check(config.model_path, table, families.droppable(self._shape))
+            problems = checkpoint.check(config.model_path, table, families.droppable(self._shape))
         if problems:
             raise ValueError(f"trainers cannot load {config.model_path}:\n" + "\n".join(f"  - {p}" for p in problems))
         self._device = self._choose_device()
@@ -110,12 +106,6 @@ class MegatronPolicy:
             gpt.init_parallel(config.parallel, self._shape.is_moe, timeout, config.seed)
             self._build()
         self._reference = [p.detach().to("cpu", copy=True) for p in self._weights()] if config.keep_reference else None
-
-    def _hold_cache_scales(self) -> list[str]:
-        self._shape = replace(self._shape, cache_scales="kvq")
-        if self._shape.latent is None and self._shape.hybrid is None:
-            return []
-        return [f"cache_scales with {self._shape.architecture}: only plain attention is calibrated; set it to false"]
 
     def _choose_device(self) -> torch.device:
         """The GPU of this rank where there are any; a process that sees several takes them by rank."""
@@ -195,7 +185,9 @@ class MegatronPolicy:
             ValueError: this policy holds no scales.
         """
         if not self._shape.cache_scales:
-            raise ValueError("calibrating the KV cache needs cache_scales=True")
+            raise ValueError(
+                f"{self.config.model_path}/config.json names no kv_cache_scheme: there are no scales to set"
+            )
         layers = gpt.attentions(self._chunks)
         for attention in layers:
             attention.watch()

@@ -98,7 +98,7 @@ def move_bias(rank: int, meet: str, folder: str, parallel: Parallel) -> list[tup
 def calibrate(rank: int, meet: str, folder: str, parallel: Parallel, out: str, **changes: Any) -> dict[str, Any]:
     """The cache's scales by name, whether their views were theirs all along, and how far the model still is off."""
     reference = torch.load(Path(folder) / "reference.pt")
-    policy = MegatronPolicy(TrainerConfig(folder, parallel, cache_scales=True, **changes), rank, meet)
+    policy = MegatronPolicy(TrainerConfig(folder, parallel, **changes), rank, meet)
     held = [h for h in policy.source().holdings() if h.fqn.endswith("_scale")]
     fresh = all(float(h.view) == 1.0 and h.view.dtype == torch.float32 for h in held)
     policy.calibrate(reference["ids"])
