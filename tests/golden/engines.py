@@ -113,7 +113,8 @@ def run_apart(row: Row) -> Answer:
     command = [sys.executable, "-W", "ignore", "-m", "tests.golden.engines", json.dumps(request)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=_LIMIT_S)
     if done.returncode:
-        raise RuntimeError(f"the engines' process ended with {done.returncode}: {done.stderr[-2000:]}")
+        tail = " | ".join(line for line in done.stderr.splitlines()[-12:] if line.strip())
+        raise RuntimeError(f"the engines' process ended with {done.returncode}: {tail[-800:]}")
     said = json.loads(done.stdout.strip().splitlines()[-1])
     verdicts = tuple(Verdict(v["check"], tuple(v["wrong"]), v["seen"]) for v in said.pop("verdicts"))
     return Answer(verdicts, **said)

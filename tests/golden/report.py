@@ -81,6 +81,7 @@ def _page(results: Sequence[Result]) -> str:
         *_wrong(results),
         *_table(results),
         "",
+        *_engines(results),
         *_misc(results),
         *_notes(results),
     ]
@@ -108,6 +109,13 @@ def _wrong(results: Sequence[Result]) -> list[str]:
         texts = [f"{v.check}: {v.text}" for v in r.verdicts if not v.ok] or [f"not covered: {r.row.not_covered}"]
         lines.append(f"- {r.row.name}: {'; '.join(texts)}")
     return [*lines, ""] if bad else []
+
+
+def _engines(results: Sequence[Result]) -> list[str]:
+    """How far log-probabilities of real engines are from the weights that they serve."""
+    said = {r.row.name: v.text for r in results for v in r.verdicts if v.check == "logprobs"}
+    lines = [f"- {name}: log-probabilities are {text}" for name, text in said.items()]
+    return ["## Real engines", "", *lines, ""] if said else []
 
 
 def _misc(results: Sequence[Result]) -> list[str]:
