@@ -70,7 +70,12 @@ class SourceViews:
 
 def natural_order(fqns: Iterable[str]) -> list[str]:
     """Names sorted with their numbers as numbers (`layers.2` before `layers.10`)."""
-    return sorted(fqns, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+    return sorted(fqns, key=_natural_key)
+
+
+@lru_cache(maxsize=1 << 17)
+def _natural_key(name: str) -> list[int | str]:
+    return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from nemo_rl.refit.boxes import Boxes
@@ -91,7 +93,8 @@ def _waves(
 
 def _together(taken: Boxes, num_tensors: int) -> np.ndarray:
     """tensor -> first of the tensors that it must share a wave with."""
-    rows = np.flatnonzero(taken.unit >= 0)
+    rows = _unlike(taken)
+    rows = rows[taken.unit[rows] >= 0]
     width = int(taken.unit.max()) + 1
     pair = np.unique((taken.rank[rows] * width + taken.unit[rows]) * num_tensors + taken.tensor[rows])
     unit, tensor = pair // num_tensors, pair % num_tensors
@@ -104,6 +107,16 @@ def _together(taken: Boxes, num_tensors: int) -> np.ndarray:
         if (grown == root).all():
             return root
         root = grown
+
+
+def _unlike(taken: Boxes) -> np.ndarray:
+    """Rows without those of kinds whose tensors and units are those of another kind (the ranks of one engine)."""
+    first = np.flatnonzero(np.concatenate([[True], taken.rank[1:] != taken.rank[:-1]]))
+    seen: dict[bytes, np.ndarray] = {}
+    for rows in np.split(np.arange(len(taken)), first[1:]):
+        key = hashlib.sha256(taken.tensor[rows].tobytes() + taken.unit[rows].tobytes()).digest()
+        seen.setdefault(key, rows)
+    return np.concatenate(list(seen.values()))
 
 
 def schedule(join: Join, times: Timetable, item: np.ndarray, bucket_bytes: int) -> CopyTable:

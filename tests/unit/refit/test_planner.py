@@ -292,43 +292,68 @@ def test_owners_are_right_where_some_sources_cross_and_some_do_not():
 
 
 def faulty(fault):
-    """A plan of one tensor over two trainers with `fault`, and what it was made of."""
-    table = make_table({"a": ((8, 8), torch.float32)})
-    sources = {r: Layout.from_regions([("a", Region((4 * r, 0), (4, 8)))], table) for r in range(2)}
-    declared = {2: declare([("a", WHOLE((8, 8)))], table)}
+    """A plan of two tensors, halves over two trainers that hold all of both, with `fault`; and what it was made of."""
+    table = make_table({"a": ((8, 8), torch.float32), "b": ((8, 8), torch.float32)})
+    halves = [(f, Region((4 * i, 0), (4, 8))) for f in table for i in range(2)]
+    sources = {r: Layout.from_regions([halves[r], halves[2 + r]], table) for r in range(2)}
+    declared = {2: declare(halves, table)}
     plan = plan_refit(World.of(2, 1), sources, declared, table, bucket_bytes=1 << 20)
     arrays = {k: v.copy() for k, v in plan.bulk.arrays().items()}
-    bucket = plan.bucket_bytes
-    if fault == "other source":  # both halves of the tensor are covered, but not by ranks that hold them
-        arrays["src_rank"], m = arrays["src_rank"][::-1].copy(), arrays["messages"]
+    m = arrays["messages"]
+    if fault == "other source":  # everything is covered, but not by ranks that hold it
+        arrays["src_rank"] = 1 - arrays["src_rank"]
         m[:, 1] = 1 - m[:, 1]
     if fault == "source row":
-        arrays["src_row"] += 1
+        arrays["src_row"] += 2
     if fault == "negative row":
-        arrays["src_row"] -= 1
-    if fault == "bucket":
-        bucket = 64
+        arrays["src_row"] -= 2
+    if fault == "tensor":
+        arrays["tensor"] = 1 - arrays["tensor"]
+    if fault == "other half":
+        arrays["dst_row"] = arrays["dst_row"] ^ 1
+    if fault == "nothing":  # a copy without elements rides along
+        arrays = {k: v if k == "messages" else np.concatenate([v, v[-1:]]) for k, v in arrays.items()}
+        arrays["sizes"][-1, 0] = 0
+        m[m[:, 4].argmax(), 4] += 1
     if fault == "order":
-        arrays["messages"] = arrays["messages"][::-1].copy()
+        arrays["messages"] = m[::-1].copy()
     if fault == "foreign rank":
         arrays["src_rank"] += 7
-    return replace(plan, bulk=CopyTable(**arrays), bucket_bytes=bucket), sources, declared
+    bucket = 64 if fault == "bucket" else plan.bucket_bytes
+    required = plan.required_bytes + 4 * (fault == "required")
+    return replace(plan, bulk=CopyTable(**arrays), bucket_bytes=bucket, required_bytes=required), sources, declared
 
 
 @pytest.mark.parametrize(
     "fault, said",
     [
-        ("other source", "not inside src row 0 of trainer"),
-        ("source row", "not inside src row 1 of trainer"),
-        ("negative row", "not inside src row -1 of trainer"),
-        ("bucket", "a message of 128 bytes exceeds the bucket of 64"),
-        ("order", "not in the order of their rounds"),
-        ("foreign rank", "the world has 3"),
+        ("other source", r"not inside src row 0 of trainer"),
+        ("source row", r"not inside src row 2 of trainer"),
+        ("negative row", r"not inside src row -1 of trainer"),
+        ("tensor", r"not inside src row 0 of trainer.*not inside dst row 0 of generator"),
+        ("other half", r"^4 violation.*not inside dst row 0 of generator"),
+        ("nothing", r"^2 violation.*not inside src row.*not inside dst row"),
+        ("bucket", r"a message of 256 bytes exceeds the bucket of 64"),
+        ("order", r"not in the order of their rounds"),
+        ("foreign rank", r"the world has 3"),
+        ("required", r"512 bulk bytes planned .* 516 said, all destinations have 512"),
     ],
 )
-def test_the_proof_looks_at_sources_buckets_and_order(fault, said):
+def test_the_proof_looks_at_everything(fault, said):
     with pytest.raises(Refusal, match=said):
         prove(*faulty(fault))
+    prove(*faulty("none"))
+
+
+def test_bytes_that_are_written_twice_are_found_where_the_count_is_right():
+    table = make_table({"a": ((8, 8), torch.float32)})
+    row = [("a", WHOLE((8, 8)))]
+    sources, declared = {0: Layout.from_regions(row, table)}, {1: declare(row, table)}
+    plan = plan_refit(World.of(1, 1), sources, declared, table, bucket_bytes=128)
+    offsets = plan.bulk.offsets.copy()
+    offsets[1] = offsets[0]
+    with pytest.raises(Refusal, match=r"^1 violation.*a \[0:8, 0:8\] of generator 0 \(rank 1\): written twice"):
+        prove(replace(plan, bulk=replace(plan.bulk, offsets=offsets)), sources, declared)
 
 
 @pytest.mark.parametrize("seed", range(40))
