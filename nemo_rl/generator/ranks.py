@@ -31,7 +31,7 @@ class EngineSpec:
         quantization: as vLLM's engine argument; None follows the model's configuration.
         draft: the model is the multi-token-prediction head of `model_path`, as speculative decoding loads it.
         placement: how experts are dealt to ranks; vLLM falls back to `linear` where a model cannot do otherwise.
-        stage_layers: layers of each pipeline stage; empty for vLLM's own split.
+        stage_layers: layers of each pipeline stage; empty for vLLM's own split. A list, as JSON has it, becomes a tuple.
 
     Raises:
         ValueError: a value is out of its range.
@@ -51,6 +51,7 @@ class EngineSpec:
     stage_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stage_layers", tuple(self.stage_layers))
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is float32 or bfloat16, got {self.precision}")
         if min(self.tp, self.pp, self.dp) < 1 or self.redundant_experts < 0:

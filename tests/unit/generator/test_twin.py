@@ -161,7 +161,7 @@ def test_preflight_as_a_program(models: Path) -> None:
 
 
 def test_preflight_request_names_the_whole_engine() -> None:
-    spec = EngineSpec("m", 2, precision="float32", quantization="fp8_per_channel", kv_cache_dtype="fp8")
+    spec = EngineSpec("m", 2, 2, precision="float32", quantization="fp8_per_channel", stage_layers=(1, 3))
     assert EngineSpec(**json.loads(request_text(spec, {}))["engine"]) == spec
 
 
