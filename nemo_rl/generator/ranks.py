@@ -31,7 +31,7 @@ class EngineSpec:
         quantization: as vLLM's engine argument; None follows the model's configuration.
         draft: the model is the multi-token-prediction head of `model_path`, as speculative decoding loads it.
         placement: how experts are dealt to ranks; vLLM falls back to `linear` where a model cannot do otherwise.
-        stage_layers: layers of each pipeline stage; empty for vLLM's own split. A list, as JSON has it, becomes a tuple.
+        stage_layers: layers of each pipeline stage, kept as a tuple; empty for vLLM's own split.
 
     Raises:
         ValueError: a value is out of its range.
