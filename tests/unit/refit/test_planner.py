@@ -256,6 +256,14 @@ def test_a_rank_that_holds_a_piece_itself_sends_it_to_itself():
     assert np.bincount(plan.bulk.src_rank[~own]).tolist() == [2, 2, 2], "the fourth rank's bytes are shared evenly"
 
 
+def test_a_trainer_that_holds_a_box_twice_sends_no_more_than_its_replica():
+    table = make_table({f"w{i}": ((4, 4), torch.float32) for i in range(4)})
+    rows = [(f, WHOLE(m.shape)) for f, m in table.items()]
+    sources = {0: Layout.from_regions(rows * 2, table), 1: Layout.from_regions(rows, table)}
+    plan = plan_refit(World.of(2, 1), sources, {2: declare(rows, table)}, table)
+    assert np.bincount(plan.bulk.src_rank).tolist() == [2, 2]
+
+
 def test_generator_replicas_spread_over_trainer_replicas():
     table = make_table({f"layers.{i}.w": ((8, 4), torch.float32) for i in range(4)})
     layout = Layout.from_regions([(f, WHOLE(m.shape)) for f, m in table.items()], table)
@@ -328,8 +336,8 @@ def faulty(fault):
     "fault, said",
     [
         ("other source", r"not inside src row 0 of trainer"),
-        ("source row", r"not inside src row 2 of trainer"),
-        ("negative row", r"not inside src row -1 of trainer"),
+        ("source row", r"^4 violation.*not inside src row 2 of trainer"),
+        ("negative row", r"^4 violation.*not inside src row -1 of trainer"),
         ("tensor", r"not inside src row 0 of trainer.*not inside dst row 0 of generator"),
         ("other half", r"^4 violation.*not inside dst row 0 of generator"),
         ("nothing", r"^2 violation.*not inside src row.*not inside dst row"),
