@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.generator.twin import load_rank, trace_rank
 from nemo_rl.refit.layout import TensorTable
 from nemo_rl.refit.trace import Trace
-from nemo_rl.trainer.exports import adapters_alone, stacked_experts, with_cache_scales
+from nemo_rl.trainer.exports import adapters_alone, stacked_experts
 from nemo_rl.trainer.fsdp import simulate_fsdp
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 from nemo_rl.trainer.simulated import SimulatedTrainer, simulate
@@ -34,12 +33,9 @@ SEEDS = {"A": 1, "B": 2}
 
 FORMS: Mapping[str, Callable[[SimulatedTrainer], SimulatedTrainer]] = {
     "stacked": stacked_experts,
-    "cache_scales": with_cache_scales,
     "adapters": lambda trainer: adapters_alone(trainer, adapters.RANK, adapters.TARGETS),
 }
 """How trainers give their tensors out, where not as they are."""
-TRAINED: Mapping[str, Mapping[str, Any]] = {"cache_scales": {"quantization_config": None}}
-"""Keys of the trainers' own configuration: the scales of a cache are no quantization of weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,19 +99,15 @@ class Bench:
     def _formed(self, model: Model, parallel: Parallel) -> SimulatedTrainer:
         if model.trainer and model.trainer not in FORMS:
             raise ValueError(f"{model.name}: trainer {model.trainer} is none of {', '.join(FORMS)}")
-        path = self._folder(f"{model.name}-trained", {**model.settings, **TRAINED.get(model.trainer, {})})
-        trainer = simulate(model_shape(read_config(path)), parallel, torch.bfloat16)
+        trainer = simulate(model_shape(read_config(self.path(model))), parallel, torch.bfloat16)
         return FORMS[model.trainer](trainer) if model.trainer else trainer
 
     def path(self, model: Model) -> Path:
         """The folder with the model's configuration."""
-        return self._folder(model.name, model.settings)
-
-    def _folder(self, name: str, settings: Mapping[str, Any]) -> Path:
-        folder = self.folder / name
+        folder = self.folder / model.name
         if not folder.exists():
             folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps(settings))
+            (folder / "config.json").write_text(json.dumps(model.settings))
         return folder
 
     def _places(self, model: Model, generator: Generator) -> list[tuple[EngineSpec, int]]:

@@ -27,7 +27,7 @@ class Model:
         of: its name in `families.py`.
         config: keys of its `config.json` to change.
         bulk: least share of its bytes that must travel as bulk; below 0.995 `why` says the reason.
-        trainer: `stacked`, `cache_scales` or `adapters`: how trainers give their tensors out, where not as they are.
+        trainer: `stacked` or `adapters`: how trainers give their tensors out, where not as they are.
         why: what is to be said of it in the report.
     """
 
