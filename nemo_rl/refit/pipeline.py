@@ -132,7 +132,7 @@ class Tracker:
 
 @dataclass
 class Traffic:
-    """What one rank moved over the wire, and the message buffers that it took."""
+    """What one rank moved over the wire, and the memory that it took beside the pipeline's slots."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -208,8 +208,12 @@ class Pipeline:
             self._received(flight, copies, tracker, end)
         for flight in sending:
             self._sent(flight, copies, end)
-        traffic.staging_bytes = self._out.num_bytes + self._in.num_bytes
         return traffic
+
+    @property
+    def staging_bytes(self) -> int:
+        """Message buffers that all runs so far took; they are kept and reused."""
+        return self._out.num_bytes + self._in.num_bytes
 
     def close(self) -> None:
         """Nothing of its own: the channel belongs to the session."""

@@ -234,7 +234,7 @@ class RefitSession:
             phase_s=dict(self._phase_s),
             bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
             misc_bytes=packed.sent_bytes + packed.received_bytes,
-            staging_bytes=bulk.staging_bytes + packed.staging_bytes,
+            staging_bytes=self._agreed.pipeline.staging_bytes + bulk.staging_bytes + packed.staging_bytes,
             extra_rss_bytes=memory.extra_bytes,
             required_bytes=self._agreed.plan.required_bytes,
         )

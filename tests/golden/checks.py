@@ -194,10 +194,8 @@ def moved(case: Case, outcome: Outcome) -> Verdict:
 
 
 def staging(outcome: Outcome) -> Verdict:
-    """Message buffers stay within 2 x streams x bucket; whole tensors take as much again and their size."""
-    bound = 2 * OPTIONS.num_streams * OPTIONS.bucket_bytes
-    if outcome.plan.misc_fqns:
-        bound = 2 * bound + sum(b.num_bytes for b in outcome.plan.misc_buffers)
+    """Message buffers stay within 2 x streams x bucket; tensors that travel whole take their own size beside them."""
+    bound = 2 * OPTIONS.num_streams * OPTIONS.bucket_bytes + sum(b.num_bytes for b in outcome.plan.misc_buffers)
     top = max(r.staging_bytes for reports in outcome.reports for r in reports.values())
     largest = max((outcome.plan.table[n].num_bytes for n in _bulk_names(outcome)), default=0)
     wrong = (f"{top} bytes of buffers, {bound} allowed",) if top > bound else ()
