@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--generators", type=int, default=2)
     p.add_argument("--layers", type=int, default=48)
     p.add_argument("--small", action="store_true", help="tiny tensors, for a try")
+    p.add_argument("--in-one-buffer", action="store_true", help="a trainer's experts of a layer, not a tensor each")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--variants", default="links,peer no verify,peer,nccl no verify,broadcast no verify")
     p.add_argument("--repeat", type=int, default=6)
@@ -142,7 +143,8 @@ class Rank:
     def load(self) -> tuple[BenchSource | None, BenchLanding | None]:
         shape = SMALL if self.options.small else Shape(layers=self.options.layers)
         if self.rank in self.world.trainers:
-            rows = list(trainer_rows(shape, self.rank, self.options.trainers, self.device))
+            one = self.options.in_one_buffer
+            rows = list(trainer_rows(shape, self.rank, self.options.trainers, self.device, one))
             return BenchSource(shape.table(), rows), None
         rank = self.rank - self.options.trainers
         return None, BenchLanding(list(generator_rows(shape, rank, self.options.generators, self.device)))
@@ -194,7 +196,8 @@ class Rank:
         transfer = [max(s["phases"]["transfer"][i] for s in said) for i in range(len(slowest))]
         each = said[self.world.generators[0]]["bytes"]
         return {
-            "case": f"EP{self.options.trainers} -> TP{self.options.generators}, {self.options.layers} layers",
+            "case": f"EP{self.options.trainers} -> TP{self.options.generators}, {self.options.layers} layers"
+            + (", experts in one buffer" if self.options.in_one_buffer else ""),
             "variant": variant,
             "seconds_median": statistics.median(slowest),
             "seconds_min": min(slowest),

@@ -40,6 +40,7 @@ def tries() -> list[Try]:
     out = [Try(f"{way} contiguous", way, Form((), _BYTES // 4, 2), _BYTES // 4, 1) for way in ("put", "get")]
     for way, streams in (("get", 1), ("get", 2), ("get", 4), ("put", 1), ("put", 2)):
         out.append(Try(f"{way} pieces of {expert} bytes, {streams} streams", way, Form((), expert, 2), expert, streams))
+    out.append(Try(f"get pieces of {expert} bytes by kernel", "get", Form((), expert, 2), 2 * expert, kernel=True))
     for row in (64, 128, 256, 512, 768, 1536, 4096):
         form = Form((Axis(1 << 21 >> (row.bit_length() - 1), 2 * row, row),), row, 2)
         for way in ("get", "put") if row == 768 else ("get",):
@@ -105,7 +106,7 @@ def _prepare(
         span = attempt.gap or attempt.form.run + sum((a.size - 1) * max(a.src, a.dst) for a in attempt.form.axes)
         count = _BYTES // span
         steps = np.arange(count, dtype=np.int64) * span
-        there, here = address + steps, mine + steps
+        there, here = address + steps[::-1], mine + steps  # in opposite orders, so that pieces stay pieces
         src, dst = (there, here) if attempt.way == "get" else (here, there)
         jobs = Jobs(src, dst, (attempt.form,) * count)
         out.append(_starter(engine, jobs, streams, attempt.kernel))
@@ -113,12 +114,7 @@ def _prepare(
 
 
 def _starter(engine: Any, jobs: Jobs, streams: list[torch.cuda.Stream], kernel: bool) -> Callable[[], None]:
-    if kernel:
-        from nemo_rl.refit.transports.strided_kernel import StridedBatch
-
-        batch = StridedBatch(jobs, range(len(jobs)), torch.device("cuda", 0))
-        return batch.launch
-    parts = engine.prepare(jobs, len(streams), short=0)
+    parts = engine.prepare(jobs, len(streams), by_kernel=kernel)
 
     def start() -> None:
         current = torch.cuda.current_stream()

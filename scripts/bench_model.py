@@ -65,18 +65,28 @@ def _empty(shape: Shape, device: torch.device, *sizes: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=shape.dtype, device=device)
 
 
-def trainer_rows(shape: Shape, rank: int, size: int, device: torch.device) -> Iterator[Placed]:
-    """Expert parallel: own experts, one parameter each, gate over up; all else on every rank, q/k/v by group."""
+def trainer_rows(
+    shape: Shape, rank: int, size: int, device: torch.device, in_one_buffer: bool = False
+) -> Iterator[Placed]:
+    """Expert parallel: own experts, gate over up; all else on every rank, q/k/v by group.
+
+    A layer's experts are tensors of their own, or lie in one buffer, as distributed optimizers keep them.
+    """
     table = shape.table()
     for name, meta in table.items():
         if ".experts." not in name and not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             yield name, Region.whole(meta.shape), _empty(shape, device, *meta.shape)
     mine = range(rank * shape.experts // size, (rank + 1) * shape.experts // size)
+    f, h = shape.expert_hidden, shape.hidden
     for i in range(shape.layers):
         yield from _trainer_qkv(shape, f"model.layers.{i}.self_attn", device)
-        for e in mine:
-            prefix, f = f"model.layers.{i}.mlp.experts.{e}", shape.expert_hidden
-            fc1, fc2 = _empty(shape, device, 2 * f, shape.hidden), _empty(shape, device, shape.hidden, f)
+        buffer = _empty(shape, device, len(mine) if in_one_buffer else 0, 3, f, h)
+        for number, e in enumerate(mine):
+            prefix = f"model.layers.{i}.mlp.experts.{e}"
+            if in_one_buffer:
+                fc1, fc2 = buffer[number, :2].view(2 * f, h), buffer[number, 2].view(h, f)
+            else:
+                fc1, fc2 = _empty(shape, device, 2 * f, h), _empty(shape, device, h, f)
             yield f"{prefix}.gate_proj.weight", Region.whole((f, shape.hidden)), fc1[:f]
             yield f"{prefix}.up_proj.weight", Region.whole((f, shape.hidden)), fc1[f:]
             yield f"{prefix}.down_proj.weight", Region.whole((shape.hidden, f)), fc2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +11,9 @@ import torch
 
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, RefitPlan
+
+MAX_PITCH = (1 << 31) - 1
+"""Bytes between runs that copy engines accept, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,49 @@ class Jobs:
         for number, form in enumerate(self.forms):
             groups.setdefault(form, []).append(number)
         return {form: np.array(numbers, np.int64) for form, numbers in groups.items()}
+
+
+def merged(jobs: Jobs) -> Jobs:
+    """The same bytes in fewer copies: copies of one form whose addresses grow by constant steps become one."""
+    while len(fewer := _merged_once(jobs)) < len(jobs):
+        jobs = fewer
+    return jobs
+
+
+def _merged_once(jobs: Jobs) -> Jobs:
+    src: list[int] = []
+    dst: list[int] = []
+    forms: list[Form] = []
+    for form, numbers in jobs.grouped().items():
+        order = numbers[np.argsort(jobs.dst[numbers], kind="stable")]
+        steps = np.diff(np.column_stack([jobs.src[order], jobs.dst[order]]), axis=0)
+        for first, count in _runs(steps, form.run):
+            src.append(int(jobs.src[order[first]]))
+            dst.append(int(jobs.dst[order[first]]))
+            forms.append(form if count == 1 else _repeated(form, count, *steps[first].tolist()))
+    return Jobs(np.array(src, np.int64), np.array(dst, np.int64), tuple(forms))
+
+
+def _runs(steps: np.ndarray, least: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of neighbours that are equal steps, (n - 1, 2), apart; steps of less than `least` part them."""
+    last = len(steps)
+    equal = np.append((steps[1:] == steps[:-1]).all(axis=1), False)
+    apart = (steps.min(axis=1, initial=MAX_PITCH) >= least) & (steps.max(axis=1, initial=0) <= MAX_PITCH)
+    ends = np.flatnonzero(~equal)  # the last step of each series of equal ones
+    first = 0
+    while first <= last:
+        count = 1
+        if first < last and apart[first]:
+            count += int(ends[np.searchsorted(ends, first)]) - first + 1
+        yield first, count
+        first += count
+
+
+def _repeated(form: Form, count: int, src: int, dst: int) -> Form:
+    axes = Axis(count, src, dst), *form.axes, Axis(form.run // form.item, form.item, form.item)
+    return form_of(
+        tuple(axis.size for axis in axes), tuple(axis.src for axis in axes), tuple(axis.dst for axis in axes), form.item
+    )
 
 
 def jobs_of(

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.e2e import engines
 
-pytestmark = pytest.mark.gpu(1)
+pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")]
 PROGRAM = str(engines.ROOT / "tests" / "e2e" / "test_generator_formats.py")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +25,14 @@ class StridedBatch:
 
     def __init__(self, jobs: Jobs, numbers: Sequence[int], device: torch.device) -> None:
         self._device = device
-        planes: dict[tuple[int, int, int], list[tuple[int, ...]]] = {}
+        planes: dict[tuple[int, bool, int, int], list[tuple[int, ...]]] = {}
         for i in numbers:
             src, dst, form = int(jobs.src[i]), int(jobs.dst[i]), jobs.forms[i]
             item = widest_item(src, dst, form)
-            for plane in _planes(src, dst, form, item):
+            for plane in _planes(src, dst, form, min(item, 8)):
                 shape = next((s for s in _SHAPES if plane[5] <= s[1]), _SHAPES[-1])
-                planes.setdefault((item, *shape), []).append(plane)
-        self._tables = {key: self._upload(np.array(rows, np.int64), *key[1:]) for key, rows in planes.items()}
+                planes.setdefault((item, plane[6:] == (1, 1), *shape), []).append(plane)
+        self._tables = {key: self._upload(np.array(rows, np.int64), *key[2:]) for key, rows in planes.items()}
 
     def _upload(self, planes: np.ndarray, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes, rows, cols)).to(self._device)
@@ -46,9 +45,9 @@ class StridedBatch:
 
 
 def widest_item(src: int, dst: int, form: Form) -> int:
-    """The widest of 8, 4, 2, 1 bytes that divides addresses, strides and runs."""
+    """The widest of 16, 8, 4, 2, 1 bytes that divides addresses, strides and runs."""
     numbers = [src, dst, form.run, *(step for axis in form.axes for step in (axis.src, axis.dst))]
-    return next(item for item in (8, 4, 2, 1) if all(n % item == 0 for n in numbers))
+    return next(item for item in (16, 8, 4, 2, 1) if all(n % item == 0 for n in numbers))
 
 
 def _planes(src: int, dst: int, form: Form, item: int) -> Iterator[tuple[int, ...]]:
@@ -76,17 +75,32 @@ def _tiles(planes: np.ndarray, rows: int, cols: int) -> np.ndarray:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy_tiles(
-    planes: Any, tiles: Any, ITEM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, FIELDS: tl.constexpr
-) -> None:
+def _copy_tiles(  # type: ignore[no-untyped-def]
+    planes,
+    tiles,
+    ITEM: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     plane = planes + tl.load(tile).to(tl.int64) * FIELDS
-    rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, ROWS)
-    cols = tl.load(tile + 2).to(tl.int64) + tl.arange(0, COLS)
-    inside = (rows < tl.load(plane + 2))[:, None] & (cols < tl.load(plane + 5))[None, :]
-    there = rows[:, None] * tl.load(plane + 3) + cols[None, :] * tl.load(plane + 6)
-    here = rows[:, None] * tl.load(plane + 4) + cols[None, :] * tl.load(plane + 7)
     src, dst = tl.load(plane), tl.load(plane + 1)
+    src_step, dst_step, num_cols = tl.load(plane + 3), tl.load(plane + 4), tl.load(plane + 5)
+    if ITEM == 16:  # two items of 8 bytes, known to lie together
+        src, dst = tl.multiple_of(src, 16), tl.multiple_of(dst, 16)
+        src_step, dst_step = tl.multiple_of(src_step, 2), tl.multiple_of(dst_step, 2)
+        num_cols = tl.multiple_of(num_cols, 2)
+    rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, ROWS)
+    first = tl.multiple_of(tl.load(tile + 2), COLS).to(tl.int64)
+    cols = first + tl.arange(0, COLS)
+    inside = (rows < tl.load(plane + 2))[:, None] & (cols < num_cols)[None, :]
+    there, here = cols, cols
+    if not UNIT:
+        there, here = cols * tl.load(plane + 6), cols * tl.load(plane + 7)
+    there = rows[:, None] * src_step + there[None, :]
+    here = rows[:, None] * dst_step + here[None, :]
     if ITEM == 1:
         bits8 = tl.load(src.to(tl.pointer_type(tl.uint8)) + there, mask=inside)
         tl.store(dst.to(tl.pointer_type(tl.uint8)) + here, bits8, mask=inside)

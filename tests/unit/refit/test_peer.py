@@ -16,7 +16,7 @@ import torch
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import TransferError, VerificationError
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.strided import Axis, Form, Jobs, form_of
+from nemo_rl.refit.strided import Axis, Form, Jobs, form_of, merged
 from nemo_rl.refit.transports import copy_engine, host_memory, peer
 from nemo_rl.refit.transports.host_memory import HostMemory
 from nemo_rl.refit.transports.mover import Fact
@@ -64,22 +64,50 @@ def test_any_box_is_read_into_any_other(seed, monkeypatch):
     assert same_bytes(whole, expected), "every byte of the box and none beside it"
 
 
+def carry_out(block):
+    """A copy that the copy engine is told, on the CPU; every byte moves once."""
+    assert block.height == 1 or block.width <= min(block.src_pitch, block.dst_pitch), "CUDA refuses such pitches"
+    assert block.depth == 1 or block.height <= min(block.src_height, block.dst_height), "CUDA refuses such heights"
+    for z in range(block.depth):
+        for y in range(block.height):
+            there = block.src + (z * block.src_height + y) * block.src_pitch
+            ctypes.memmove(block.dst + (z * block.dst_height + y) * block.dst_pitch, there, block.width)
+
+
 @pytest.mark.parametrize("seed", range(40))
-def test_two_dimensional_copies_make_up_a_box(seed):
-    """What the copy engine is told, carried out on the CPU."""
+def test_copies_of_the_engine_make_up_a_box(seed):
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     shape = [rng.choice((1, 2, 5, 7)) for _ in range(rng.randint(0, 5))]
     (src, _), (dst, whole) = (random_view(rng, shape, torch.int16, generator) for _ in range(2))
     expected = whole.clone()
     expected.as_strided(dst.shape, dst.stride()).copy_(src)
-    for to, to_pitch, there, pitch, width, height in copy_engine._rows(
-        src.data_ptr(), dst.data_ptr(), form_between(src, dst)
-    ):
-        assert height == 1 or width <= min(pitch, to_pitch), "CUDA refuses pitches below the width"
-        for i in range(height):
-            ctypes.memmove(to + i * to_pitch, there + i * pitch, width)
+    for block in copy_engine._blocks(src.data_ptr(), dst.data_ptr(), form_between(src, dst)):
+        carry_out(block)
     assert same_bytes(whole, expected)
+
+
+@pytest.mark.parametrize(("gap", "blocks"), [(0, 1), (40, 1), (None, 12)])
+def test_experts_at_constant_steps_are_one_copy(gap, blocks):
+    """Halves of gate and up of 12 experts: in one trainer buffer, with `gap` between experts, or anywhere (None)."""
+    rng, (rows, cols) = random.Random(3), (4, 10)
+    step = 2 * rows * cols + (gap or 0)
+    places = [e * step for e in range(12)]
+    if gap is None:
+        places = [place + rng.randrange(30) for place in (p * 2 for p in places)]
+    source = torch.randint(0, 256, (places[-1] + step + 64,), dtype=torch.uint8)
+    experts = [source[p : p + 2 * rows * cols].view(2, rows, cols) for p in places]
+    landed, expected = (torch.randint(0, 256, (12, 2, rows // 2, cols), dtype=torch.uint8) for _ in range(2))
+    views = [(experts[e][j, : rows // 2], landed[e, j]) for e in range(12) for j in range(2)]
+    for e in range(12):
+        expected[e] = experts[e][:, : rows // 2]
+    addresses = np.array([[src.data_ptr(), dst.data_ptr()] for src, dst in views], np.int64)
+    jobs = merged(Jobs(addresses[:, 0], addresses[:, 1], tuple(form_between(*pair) for pair in views)))
+    made = [b for i, f in enumerate(jobs.forms) for b in copy_engine._blocks(int(jobs.src[i]), int(jobs.dst[i]), f)]
+    assert len(made) <= blocks
+    for block in made:
+        carry_out(block)
+    assert torch.equal(landed, expected)
 
 
 def test_a_read_that_the_kernel_cuts_short_goes_on(monkeypatch):
