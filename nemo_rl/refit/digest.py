@@ -125,14 +125,18 @@ class Pieces:
         self._numbers = np.array([p.number for p in pieces], np.int64)
         self._rows = tuple(dict.fromkeys(p.row for p in pieces))
         self._batch: tuple[list[tuple[int, tuple[int, ...]]], KernelBatch] | None = None
+        self._views: Mapping[int, torch.Tensor] | None = None  # what the batch was last found to fit
 
     def take(self, views: Mapping[int, torch.Tensor], ledger: Ledger) -> None:
         """Digest what `views` (row -> view) hold into `ledger`. Raises ValueError as `digest_view`."""
-        if all(views[row].is_cuda for row in self._rows) and self._rows:
+        if self._batch is not None and views is self._views:
+            ledger.enter(self._numbers, self._batch[1].launch())
+        elif all(views[row].is_cuda for row in self._rows) and self._rows:
             ledger.enter(self._numbers, self._batch_of(views).launch())
-            return
-        for piece in self._pieces:
-            ledger.take(piece.number, piece.of(views[piece.row]), piece.region)
+            self._views = views
+        else:
+            for piece in self._pieces:
+                ledger.take(piece.number, piece.of(views[piece.row]), piece.region)
 
     def _batch_of(self, views: Mapping[int, torch.Tensor]) -> KernelBatch:
         """Made again only where storage moved."""

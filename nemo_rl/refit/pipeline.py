@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nemo_rl.refit.digest import Ledger
+from nemo_rl.refit.digest import Ledger, Piece, Pieces
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
@@ -49,13 +49,44 @@ class Slots:
         self._free.append(slot)
 
 
+class Arrivals:
+    """The copies of one table that land on `rank`, with what their digests need; kept from refit to refit.
+
+    Attributes:
+        layout: of this rank's destinations (row -> region and unit).
+        mine: numbers of the copies in the table.
+        unit: landing unit of each of `mine`.
+    """
+
+    def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout) -> None:
+        self._plan, self._copies = plan, copies
+        self.layout = layout
+        self.mine = np.flatnonzero(copies.dst_rank == rank)
+        self.unit = layout.unit[copies.dst_row[self.mine]]
+        self._in_place: Pieces | None = None
+
+    def pieces(self, unit: int) -> Pieces:
+        """What lands in `unit`, numbered by its place in `mine`; one object for what lands in place."""
+        if unit != IN_PLACE:
+            return self._pieces(unit)
+        self._in_place = self._in_place or self._pieces(unit)
+        return self._in_place
+
+    def _pieces(self, unit: int) -> Pieces:
+        found = []
+        for number in np.flatnonzero(self.unit == unit).tolist():
+            index = int(self.mine[number])
+            row = int(self._copies.dst_row[index])
+            found.append(Piece(number, row, self._plan.region(self._copies, index), self.layout.region(row)))
+        return Pieces(found)
+
+
 class Tracker:
     """Which landing units of this rank are open, what still has to land in them, and the digests of what landed.
 
     Args:
         plan, copies: the plan and the table of it that lands here.
-        rank: this rank.
-        layout: of this rank's destinations (row -> region and unit).
+        arrivals: of that table, on this rank.
         sink: opens and closes units.
         verify: take digests of load-format bytes before a unit closes.
 
@@ -64,15 +95,14 @@ class Tracker:
         ledger: digests of the copies that land here, numbered in the order of `copies`.
     """
 
-    def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, sink: Sink, verify: bool) -> None:
+    def __init__(self, plan: RefitPlan, copies: CopyTable, arrivals: Arrivals, sink: Sink, verify: bool) -> None:
         self._plan, self._copies, self._sink, self._verify = plan, copies, sink, verify
-        self.layout = layout
-        self._mine = np.flatnonzero(copies.dst_rank == rank)
-        self._unit_of = layout.unit[copies.dst_row[self._mine]]
-        units, counts = np.unique(self._unit_of, return_counts=True)
+        self._arrivals = arrivals
+        layout = self.layout = arrivals.layout
+        units, counts = np.unique(arrivals.unit, return_counts=True)
         self._left = dict(zip(units.tolist(), counts.tolist(), strict=True))
         self._views: dict[int, Mapping[int, torch.Tensor]] = {}
-        self.ledger = Ledger(len(self._mine))
+        self.ledger = Ledger(len(arrivals.mine))
         rows = np.flatnonzero(layout.sizes.prod(axis=1) > 0)
         misc = [i for i, name in enumerate(layout.names) if name in plan.misc_reasons]
         used = set(layout.unit[np.union1d(rows, np.flatnonzero(np.isin(layout.tensor, misc)))].tolist())
@@ -119,10 +149,8 @@ class Tracker:
         self._views.clear()
 
     def _digest(self, unit: int) -> None:
-        if self._verify:
-            for number in np.flatnonzero(self._unit_of == unit).tolist():
-                index = int(self._mine[number])
-                self.ledger.take(number, self.view(index), self._plan.region(self._copies, index))
+        if self._verify and unit in self._left:
+            self._arrivals.pieces(unit).take(self.rows(unit), self.ledger)
 
     @property
     def unfinished(self) -> dict[int, int]:

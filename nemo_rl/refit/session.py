@@ -21,7 +21,7 @@ from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
 from nemo_rl.refit.memory import PeakRss
-from nemo_rl.refit.pipeline import Pipeline, Tracker, Traffic
+from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
@@ -52,6 +52,7 @@ class _Agreed:
     sources: Mapping[int, Layout]
     declarations: Mapping[int, Declaration]
     verifier: Verifier | None
+    arrivals: Arrivals | None
     pipeline: Pipeline
     mover: Mover
 
@@ -146,7 +147,9 @@ class RefitSession:
             pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
             mover = link.transport.mover(Setting(plan, self.rank, self._device, link.control, pipeline, said.sources))
             verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
-            self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, pipeline, mover)
+            own = declarations.get(self.rank)
+            arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)
+            self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, arrivals, pipeline, mover)
         return plan
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
@@ -290,9 +293,8 @@ class RefitSession:
 
     def _move_bulk(self) -> tuple[Traffic, Tracker | None]:
         agreed, tracker = self._agreed, None
-        if self._landing is not None:
-            layout = agreed.declarations[self.rank].layout
-            tracker = Tracker(agreed.plan, agreed.plan.bulk, self.rank, layout, self._landing, self.options.verify)
+        if self._landing is not None and agreed.arrivals is not None:
+            tracker = Tracker(agreed.plan, agreed.plan.bulk, agreed.arrivals, self._landing, self.options.verify)
         traffic = agreed.mover.run(agreed.plan.bulk, self._src_view, tracker, self._data_s)
         if tracker is not None and tracker.unfinished:
             raise TransferError(
@@ -324,7 +326,8 @@ class RefitSession:
             return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), Ledger(0)
         sink = misc.RootSink(agreed.plan, channel, self._device, deadline)
         whole = misc.root_layout(agreed.plan)
-        tracker = Tracker(agreed.plan, agreed.plan.misc, self.rank, whole, sink, verify=False)
+        arrivals = Arrivals(agreed.plan, agreed.plan.misc, self.rank, whole)
+        tracker = Tracker(agreed.plan, agreed.plan.misc, arrivals, sink, verify=False)
         traffic = agreed.pipeline.run(agreed.plan.misc, self._src_view, tracker, deadline)
         traffic.sent_bytes += sink.sent_bytes
         traffic.staging_bytes += sink.staging_bytes

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from nemo_rl.refit.boxes import Boxes, overlaps
 from nemo_rl.refit.control import Control
@@ -88,6 +89,7 @@ class Verifier:
         shared = Shared.of(plan, sources, rank)
         self._told = self._note_shared(shared, shared.first_rank, shared.first_row, shared.rank)
         self._asked = self._note_shared(shared, shared.rank, shared.row, shared.first_rank)
+        self._looked: tuple[Sequence[Holding], dict[int, torch.Tensor]] | None = None
         layout = sources.get(rank)
         held = {} if layout is None else {row: layout.region(row) for row, _ in self._pieces}
         self._digests = Pieces([Piece(n, row, region, held[row]) for n, (row, region) in enumerate(self._pieces)])
@@ -115,7 +117,9 @@ class Verifier:
     def look(self, holdings: Sequence[Holding]) -> np.ndarray:
         """Digests of all that this rank sends or holds like another row; int64, one a piece."""
         ledger = Ledger(len(self._pieces))
-        self._digests.take({row: holdings[row].view for row, _ in self._pieces}, ledger)
+        if self._looked is None or self._looked[0] is not holdings:
+            self._looked = holdings, {row: holdings[row].view for row, _ in self._pieces}
+        self._digests.take(self._looked[1], ledger)
         return ledger.read()
 
     def check(
