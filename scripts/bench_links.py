@@ -114,7 +114,7 @@ def _prepare(
 
 
 def _starter(engine: Any, jobs: Jobs, streams: list[torch.cuda.Stream], kernel: bool) -> Callable[[], None]:
-    parts = engine.prepare(jobs, len(streams), by_kernel=kernel)
+    parts = engine.prepare(jobs, np.zeros(len(jobs), np.int64), len(streams), by_kernel=kernel)
 
     def start() -> None:
         current = torch.cuda.current_stream()

@@ -97,6 +97,9 @@ class Jobs:
     def __len__(self) -> int:
         return len(self.forms)
 
+    def take(self, numbers: np.ndarray) -> Jobs:
+        return Jobs(self.src[numbers], self.dst[numbers], tuple(self.forms[i] for i in numbers.tolist()))
+
     def grouped(self) -> dict[Form, np.ndarray]:
         """Form -> numbers of the copies that have it, in order."""
         groups: dict[Form, list[int]] = {}
@@ -105,8 +108,21 @@ class Jobs:
         return {form: np.array(numbers, np.int64) for form, numbers in groups.items()}
 
 
-def merged(jobs: Jobs) -> Jobs:
-    """The same bytes in fewer copies: copies of one form whose addresses grow by constant steps become one."""
+def merged(jobs: Jobs, room: np.ndarray) -> Jobs:
+    """The same bytes in fewer copies: copies of one form whose addresses grow by constant steps become one.
+
+    Args:
+        room: int64, one a copy: only copies of one room are merged. What lies between the boxes of a merged copy must
+            be one allocation at either end, or engines refuse it.
+    """
+    parts = [_merged(jobs.take(np.flatnonzero(room == number))) for number in np.unique(room).tolist()]
+    if not parts:
+        return jobs
+    src, dst = (np.concatenate([getattr(part, end) for part in parts]) for end in ("src", "dst"))
+    return Jobs(src, dst, tuple(form for part in parts for form in part.forms))
+
+
+def _merged(jobs: Jobs) -> Jobs:
     while len(fewer := _merged_once(jobs)) < len(jobs):
         jobs = fewer
     return jobs

@@ -12,8 +12,8 @@ import torch
 from nemo_rl.refit.strided import MAX_PITCH, Axis, Form, Jobs, merged
 
 _COPY_S = 3.5e-6  # of a copy beside its bytes
-_ENGINE, _KERNEL = 393e9, 367e9  # bytes a second between GPUs: long copies by engine, any by kernel
-_SHORT = 256  # bytes of a row below which engines lose speed
+_ENGINE, _KERNEL = 395e9, 373e9  # bytes a second between GPUs: long copies by engine, any by kernel
+_SHORT = 1 << 16  # bytes of a row below which engines lose speed
 _DEVICE_TO_DEVICE = 3
 
 
@@ -82,16 +82,17 @@ class CopyEngine:
             self._check(self._library.cudaMemcpyAsync(dst, src, num_bytes, _DEVICE_TO_DEVICE, stream.cuda_stream))
 
     def prepare(
-        self, jobs: Jobs, num_streams: int, by_kernel: bool | None = None
+        self, jobs: Jobs, room: np.ndarray, num_streams: int, by_kernel: bool | None = None
     ) -> list[Callable[[torch.cuda.Stream], None]]:
         """One starter for each stream; together they move `jobs`.
 
         Args:
+            room: as `merged` takes it: the allocations of both ends of each copy, as one number.
             by_kernel: whether a kernel moves the bytes or engines do; None for what is faster, copy by copy.
         """
         blocks: list[Block] = []
         numbers: list[int] = []
-        jobs = merged(jobs)
+        jobs = merged(jobs, room)
         for i, form in enumerate(jobs.forms):
             own = list(_blocks(int(jobs.src[i]), int(jobs.dst[i]), form))
             if _kernel_is_faster(form, len(own)) if by_kernel is None else by_kernel:

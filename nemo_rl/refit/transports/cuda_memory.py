@@ -75,7 +75,7 @@ class CudaMemory:
         where = np.zeros((len(views), 2), np.int64)
         with torch.cuda.device(self._device):
             for number, view in enumerate(views):
-                base = int(_ask(driver.cuMemGetAddressRange(view.data_ptr()), "finding an allocation")[0])
+                base = _base(view.data_ptr())
                 if base not in windows:
                     windows[base] = len(handles)
                     handle = _ask(runtime.cudaIpcGetMemHandle(base), "exporting memory (expandable segments are not)")
@@ -93,7 +93,7 @@ class CudaMemory:
 
     def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
         """What starts `jobs` after all that the current stream was given, and before what it is given next."""
-        parts = self._engine.prepare(jobs, _NUM_STREAMS)
+        parts = self._engine.prepare(jobs, self._rooms(jobs), _NUM_STREAMS)
 
         def start() -> None:
             current = torch.cuda.current_stream(self._device)
@@ -103,6 +103,13 @@ class CudaMemory:
                 current.wait_stream(stream)
 
         return start
+
+    def _rooms(self, jobs: Jobs) -> np.ndarray:
+        """One number for each pair of allocations that a copy reads and writes."""
+        with torch.cuda.device(self._device):
+            pairs = [(_base(src), _base(dst)) for src, dst in zip(jobs.src.tolist(), jobs.dst.tolist(), strict=True)]
+        numbers: dict[tuple[int, int], int] = {}
+        return np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64)
 
     def wait(self, end: float) -> None:
         """Until the current stream is done. Raises TimeoutError, OSError."""
@@ -131,6 +138,11 @@ class CudaMemory:
             with torch.cuda.device(self._device):
                 self._open[window] = int(_ask(runtime.cudaIpcOpenMemHandle(handle, flag), "mapping memory")[0])
         return self._open[window]
+
+
+def _base(address: int) -> int:
+    """First byte of the driver's allocation that holds `address`. Raises OSError where none does."""
+    return int(_ask(driver.cuMemGetAddressRange(address), "finding an allocation")[0])
 
 
 def _ask(answer: tuple[Any, ...], what: str) -> tuple[Any, ...]:

@@ -102,12 +102,23 @@ def test_experts_at_constant_steps_are_one_copy(gap, blocks):
     for e in range(12):
         expected[e] = experts[e][:, : rows // 2]
     addresses = np.array([[src.data_ptr(), dst.data_ptr()] for src, dst in views], np.int64)
-    jobs = merged(Jobs(addresses[:, 0], addresses[:, 1], tuple(form_between(*pair) for pair in views)))
+    apart = Jobs(addresses[:, 0], addresses[:, 1], tuple(form_between(*pair) for pair in views))
+    jobs = merged(apart, np.zeros(len(apart), np.int64))
     made = [b for i, f in enumerate(jobs.forms) for b in copy_engine._blocks(int(jobs.src[i]), int(jobs.dst[i]), f)]
     assert len(made) <= blocks
     for block in made:
         carry_out(block)
     assert torch.equal(landed, expected)
+
+
+def test_copies_of_different_allocations_stay_apart():
+    """Addresses may grow by constant steps across allocations; an engine copies within one only."""
+    at = np.arange(6, dtype=np.int64) * 4096
+    apart = Jobs(at, at + (1 << 30), (form_of((64,), (1,), (1,), 1),) * 6)
+    assert len(merged(apart, np.zeros(6, np.int64))) == 1
+    halves = merged(apart, np.array([0, 0, 0, 1, 1, 1]))
+    assert sorted(halves.src.tolist()) == [0, 3 * 4096] and [f.num_bytes for f in halves.forms] == [192, 192]
+    assert len(merged(apart, np.arange(6))) == 6
 
 
 def test_a_read_that_the_kernel_cuts_short_goes_on(monkeypatch):
