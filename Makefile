@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup grpo grpo-moe golden test lint clean
+.PHONY: help setup grpo grpo-moe golden test test-all lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,7 +47,10 @@ lint: setup ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint ## Style, types and all tests (more pytest options: PYTEST_ARGS="-k loss")
+test: lint ## Style, types and tests (more pytest options: PYTEST_ARGS="-k loss")
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint ## As test, with the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean: ## Remove the environment, caches and outputs

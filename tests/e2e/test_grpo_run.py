@@ -82,6 +82,7 @@ def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
     assert_proven(rows, "peer")
 
 
+@pytest.mark.slow
 def test_conventional_refits(models: Path, tmp_path: Path) -> None:
     rows, _ = run(DENSE, models, tmp_path, 2, "policy.nccl_xfer_refit=false")
     assert_proven(rows, "broadcast")

@@ -137,7 +137,14 @@ def compare_with_fresh(settings: Config, actors: Actors, target: Path, answers: 
         assert same(parameters, want_parameters)
 
 
-@pytest.mark.parametrize(("kind", "overrides"), [("dense", CACHE), ("moe", MOE), ("latent", LATENT)])
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        pytest.param("dense", CACHE, marks=pytest.mark.slow),
+        ("moe", MOE),
+        pytest.param("latent", LATENT, marks=pytest.mark.slow),
+    ],
+)
 def test_engines_equal_fresh_ones_after_every_refit(kind: str, overrides: list[str], tmp_path: Path) -> None:
     with stack(kind, tmp_path / "start", overrides) as (settings, actors):
         group = actors.refit_group(refit_options(settings))
