@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    AuthenticationError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,6 +28,11 @@ from nemo_rl.topology import Topology
 log = logging.getLogger(__name__)
 _DEAD = (RayActorError, ActorDiedError, ActorUnavailableError)
 _GRACE_S = 3.0  # how long peers of a failed actor may still say what they saw
+_TOKEN = (
+    "clusters that a driver of Ray started, and those with a token on their head, ask for it: start this driver with "
+    "RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token (a token that only lies there "
+    "is not sent to an address that was given)"
+)
 
 
 class ClusterError(RuntimeError):
@@ -76,10 +88,12 @@ class Cluster:
             options["num_cpus"] = devices
         try:
             ray.init(address=self._config.address or "local", **options)
+        except AuthenticationError as error:
+            raise ClusterError(f"Ray refused this driver: {error.message}; {_TOKEN}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
-            place = f"was not reached at {self._config.address}" if self._config.address else "did not start"
-            remedy = "check cluster.address, and that this user has the cluster's token where it asks for one"
-            raise ClusterError(f"Ray {place}: {error}" + (f"; {remedy}" if self._config.address else "")) from error
+            if (address := self._config.address) is None:
+                raise ClusterError(f"Ray did not start: {error}") from error
+            raise ClusterError(f"Ray was not reached at {address}: {error}; {_remedy(address)}") from error
 
     def _reserve(self) -> None:
         """All devices of the run, or none: one bundle per trainer rank, one per engine."""
@@ -125,6 +139,18 @@ class Cluster:
             self._group = None
         if self._owner and ray.is_initialized():
             ray.shutdown()
+
+
+def _remedy(address: str) -> str:
+    """What helps where Ray at `address`, `host:port` or `auto`, was not reached: Ray's error is the same for all."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return f"check that a cluster runs on this machine, or give its address as host:port; {_TOKEN}"
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return "nothing answers there; check cluster.address, and that the head runs"
+    return f"something answers there; {_TOKEN}"
 
 
 def wait_all(calls: Sequence[tuple[Actor, Any]], phase: str, deadline_s: float) -> list[Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from nemo_rl import checkpoint
 from nemo_rl.config import Config, inherited_environment
 from nemo_rl.generator.preflight import check_loader_apart
 from nemo_rl.generator.ranks import EngineSpec
@@ -19,7 +18,7 @@ from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.topology import Topology, parallel_of, parallel_sizes, topology_of
 from nemo_rl.trainer import families
-from nemo_rl.trainer.model import check_parallel, model_shape, read_config
+from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read_config
 
 PRECISIONS = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "peer", "nccl", "gloo", "golden")
@@ -81,8 +80,7 @@ def _check_files(config: Config, hf_config: Any) -> list[str]:
         shape = model_shape(hf_config)
     except ValueError:  # a model that no family covers, which the layouts' check has told
         return problems
-    found = checkpoint.check(folder, families.required(shape, torch.float32), families.droppable(shape))
-    return problems + [f"{key}: {p}" for p in found]
+    return problems + [f"{key}: {p}" for p in check_files(folder, shape, torch.float32)]
 
 
 def check_loader(config: Config, hf_config: Any, folder: Path) -> list[str]:

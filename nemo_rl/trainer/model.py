@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.trainer.families import family_of, untrained
+import torch
+
+from nemo_rl import checkpoint
+from nemo_rl.checkpoint.headers import read_headers
+from nemo_rl.trainer.families import droppable, family_of, required, untrained
 from nemo_rl.trainer.pipeline import split_layers
 from nemo_rl.trainer.shape import ModelShape, UnsupportedModel
 
@@ -95,6 +99,25 @@ def check_parallel(hf_config: Any, parallel: Parallel) -> list[str]:
     except UnsupportedModel as error:
         return [*_check_world(parallel, moe=True), *error.violations]
     return [*check_layout(shape, parallel), *_check_trainable(shape, parallel)]
+
+
+def check_files(folder: str | Path, shape: ModelShape, dtype: torch.dtype) -> list[str]:
+    """Everything that keeps the files of `folder` from being the weights of `shape`, as `checkpoint.check` says it.
+
+    Draft layers of which the files hold nothing are one violation: transformers counts them in `config.json` and drops
+    them when it saves a model.
+    """
+    table, names = required(shape, dtype), read_headers(folder)[0].keys()
+    drafts = tuple(f"model.layers.{shape.num_layers + i}." for i in range(shape.num_draft_layers))
+    if not drafts or not names or any(name.startswith(drafts) for name in names):
+        return checkpoint.check(folder, table, droppable(shape))
+    held = {fqn: meta for fqn, meta in table.items() if not fqn.startswith(drafts)}
+    return [
+        f"{folder}: config.json says num_nextn_predict_layers={shape.num_draft_layers} but the files hold no tensor of "
+        f"those draft layers ({drafts[0]}*), which transformers' save_pretrained leaves out; set "
+        f"num_nextn_predict_layers=0 in config.json, or fetch files that hold them",
+        *checkpoint.check(folder, held, droppable(shape)),
+    ]
 
 
 def check_layout(shape: ModelShape, parallel: Parallel) -> list[str]:

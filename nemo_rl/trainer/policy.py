@@ -23,7 +23,7 @@ from nemo_rl.refit.layout import Holding
 from nemo_rl.trainer import families, gpt
 from nemo_rl.trainer.cpu import megatron_on_cpu
 from nemo_rl.trainer.layout import MegatronSource
-from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
+from nemo_rl.trainer.model import Parallel, check_files, check_parallel, model_shape, read_config
 from nemo_rl.trainer.step import MicroBatch, micro_batches, padded_rows, token_logprobs
 
 Metrics = dict[str, float]
@@ -92,8 +92,7 @@ class MegatronPolicy:
         problems = check_parallel(hf_config, config.parallel)
         if not problems:
             self._shape = model_shape(hf_config)
-            table = families.required(self._shape, self._dtype)
-            problems = checkpoint.check(config.model_path, table, families.droppable(self._shape))
+            problems = check_files(config.model_path, self._shape, self._dtype)
         if problems:
             raise ValueError(f"trainers cannot load {config.model_path}:\n" + "\n".join(f"  - {p}" for p in problems))
         self._device = self._choose_device()

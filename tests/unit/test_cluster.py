@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import AuthenticationError
 
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
 from nemo_rl.config import ClusterConfig
@@ -92,3 +99,60 @@ def test_a_dead_actor_ends_the_wait_of_all(cluster: Cluster, actors: list[Actor]
 def test_too_few_devices_are_refused(cluster: Cluster) -> None:
     with pytest.raises(ClusterError, match="9 ranks need a CPU each but the cluster has 4"):
         Cluster(ClusterConfig(), Topology(8, 1, 1), "cpu").__enter__()
+
+
+# ---- joining a cluster that runs
+
+
+def join(address: str) -> str:
+    """What a driver is told that cannot join the cluster at `address`."""
+    with pytest.raises(ClusterError) as caught:
+        Cluster(ClusterConfig(address=address), Topology(1, 1, 1), "cpu").__enter__()
+    return str(caught.value)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def init(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+
+
+def test_whether_anything_answers_decides_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, ConnectionError("Failed to connect"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        said = join(place)
+        assert "nothing answers there" in said and "RAY_AUTH_MODE" not in said
+        listener.listen()
+        assert "something answers there" in (said := join(place)) and "RAY_AUTH_MODE=token" in said
+    assert "give its address as host:port" in join("auto")
+
+
+def test_a_driver_without_a_token_is_told_where_to_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, AuthenticationError("no authentication token was found"))
+    said = join("auto")
+    assert "Ray refused this driver: no authentication token was found" in said and "~/.ray/auth_token" in said
+
+
+JOIN = """
+import sys
+from nemo_rl.cluster import Cluster
+from nemo_rl.config import ClusterConfig
+from nemo_rl.topology import Topology
+with Cluster(ClusterConfig(address=sys.argv[1]), Topology(1, 1, 1), "cpu"):
+    pass
+"""
+
+
+@pytest.mark.slow  # Ray gives up after 20 s
+def test_a_real_cluster_refuses_a_driver_without_its_token(cluster: Cluster, tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environ |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", JOIN, ray.get_runtime_context().gcs_address]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert "something answers there" in done.stderr and "RAY_AUTH_MODE=token" in done.stderr
+    done = subprocess.run(command, env=environ | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=60)
+    assert "Ray refused this driver" in done.stderr

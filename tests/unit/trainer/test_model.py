@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_rl.config import ConfigError, load_config, to_yaml
 from nemo_rl.topology import parallel_of
-from nemo_rl.trainer.model import Parallel, check_parallel, model_shape, read_config
-from tests.unit.trainer.models import make_config
+from nemo_rl.trainer.model import Parallel, check_files, check_parallel, model_shape, read_config
+from tests.unit.trainer.models import make_config, make_model
 
 
 @pytest.mark.parametrize(
@@ -199,3 +202,23 @@ def test_checks_import_no_megatron() -> None:
         "sys.exit([m for m in sys.modules if m.split('.')[0] in ('megatron', 'ray', 'vllm')] != [])"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_draft_layers_that_the_files_lack_are_one_violation(tmp_path: Path) -> None:
+    config = make_config("latent", num_hidden_layers=2, num_nextn_predict_layers=1)
+    make_model(config).save_pretrained(tmp_path)
+    (said,) = check_files(tmp_path, model_shape(read_config(tmp_path)), torch.float32)
+    assert "num_nextn_predict_layers=1" in said and "model.layers.2.*" in said and "=0 in config.json" in said
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_nextn_predict_layers": 0}))
+    assert check_files(tmp_path, model_shape(read_config(tmp_path)), torch.float32) == []
+
+
+def test_a_draft_layer_in_part_is_told_tensor_by_tensor(tmp_path: Path) -> None:
+    config = make_config("latent", num_hidden_layers=2, num_nextn_predict_layers=1)
+    make_model(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.enorm.weight"] = torch.ones(config.hidden_size)
+    save_file(tensors, tmp_path / "model.safetensors")
+    said = "\n".join(check_files(tmp_path, model_shape(read_config(tmp_path)), torch.float32))
+    assert "tensors are missing: model.layers.2.eh_proj.weight" in said and "nextn" not in said
