@@ -12,15 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu(count)` where there are fewer CUDA devices."""
-    marked = [(item, mark) for item in items if (mark := item.get_closest_marker("gpu"))]
-    if not marked:
+@pytest.hookimpl(tryfirst=True)  # before other reasons to skip, so that the number of devices is always told
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `gpu(count)` where there are fewer CUDA devices."""
+    mark = item.get_closest_marker("gpu")
+    if mark is None:
         return
     import torch
 
-    found = torch.cuda.device_count()
-    for item, mark in marked:
-        needed = mark.args[0] if mark.args else 1
-        if found < needed:
-            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {found}"))
+    needed, found = mark.args[0], torch.cuda.device_count()
+    if found < needed:
+        reason = f"needs {needed} CUDA device(s), found {found}"
+        raise pytest.skip.Exception(reason, _use_item_location=True)
