@@ -12,7 +12,7 @@ another one, in final storage of a rank of the same layout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from nemo_rl.refit.plan import CopyTable, RefitPlan
 IN_PLACE = -1
 MOST_STEPS = 64
 """Of a chain: what its last rank waits for the first step costs a share of `1 / MOST_STEPS` a link of the chain."""
-LEAST_STEP_BYTES = 64 << 20
-"""A step takes a few times as long as it takes to tell the next rank of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +34,35 @@ class Relay:
         row: of the giver's layout.
         step: number of the step in which its destination reads it, after its giver finished that step; -1 for what
             comes from the plan's sender without steps.
+        num_bytes: of the copy.
         num_steps: rank of a chain -> its steps, the same for all ranks of a chain.
     """
 
     giver: np.ndarray
     row: np.ndarray
     step: np.ndarray
+    num_bytes: np.ndarray
     num_steps: Mapping[int, int]
 
-    @classmethod
-    def none(cls, copies: CopyTable) -> Relay:
-        return cls(copies.src_rank, copies.src_row, np.full(len(copies), -1, np.int32), {})
+    def applied(self, copies: CopyTable) -> CopyTable:
+        """The copies from where they are read; messages stay those of the plan."""
+        return replace(copies, src_rank=self.giver, src_row=self.row)
+
+    def givers(self, copies: CopyTable, rank: int) -> list[int]:
+        """Other ranks that `rank` reads from."""
+        found: list[int] = np.unique(self.giver[(copies.dst_rank == rank) & (self.giver != rank)]).tolist()
+        return found
+
+    def readers(self, copies: CopyTable, rank: int) -> list[int]:
+        """Other ranks that read from `rank`."""
+        found: list[int] = np.unique(copies.dst_rank[(copies.dst_rank != rank) & (self.giver == rank)]).tolist()
+        return found
+
+    def wire_bytes(self, copies: CopyTable, rank: int) -> tuple[int, int]:
+        """Bytes that `rank` gives to and reads from other ranks."""
+        far = self.giver != copies.dst_rank
+        given, read = far & (self.giver == rank), far & (copies.dst_rank == rank)
+        return int(self.num_bytes[given].sum()), int(self.num_bytes[read].sum())
 
     def describe(self, world: World, copies: CopyTable) -> str:
         """One line: who reads from which generator."""
@@ -63,13 +79,13 @@ class _Replicas:
     copies: tuple[np.ndarray, ...]
 
 
-def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int = LEAST_STEP_BYTES) -> Relay:
+def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int) -> Relay:
     """Chains among replicas where they make the refit faster; a pure function of what all ranks know.
 
     Args:
         plan: whole, and proven: every byte lands once.
         layouts: generator rank -> layout; replicas share one object.
-        step_bytes: least size of a step.
+        step_bytes: least size of a step, which takes a few times as long as to tell the next rank of it.
 
     Of all numbers of chains, the one with the least time: bytes of the busiest link, and what the ends of the chains
     wait for their first step.
@@ -90,7 +106,7 @@ def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int = L
                 giver[mine], row[mine] = group.ranks[before], copies.dst_row[mine]
                 step[mine] = step[group.copies[before]]
             num_steps[group.ranks[i]] = int(step[mine].max(initial=-1)) + 1
-    return Relay(giver, row, step, num_steps)
+    return Relay(giver, row, step, num_bytes, num_steps)
 
 
 def _message_of(copies: CopyTable) -> np.ndarray:

@@ -145,7 +145,10 @@ class RefitSession:
             agree(self._link.control, statement(plan, self._link.transport.name, self.options))
             link = self._link
             pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
-            mover = link.transport.mover(Setting(plan, self.rank, self._device, link.control, pipeline, said.sources))
+            landings = {rank: declaration.layout for rank, declaration in declarations.items()}
+            mover = link.transport.mover(
+                Setting(plan, self.rank, self._device, link.control, pipeline, said.sources, landings)
+            )
             verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
             own = declarations.get(self.rank)
             arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)

@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nemo_rl.refit.control import Control
@@ -18,7 +18,7 @@ from nemo_rl.refit.errors import TransferError
 
 _LINE = 8  # counters of a cache line, so that no two ranks write to the same one
 _SPINS = 100  # looks without a pause: what is due within microseconds is seen at once
-_PAUSE_S, _MOST_S = 20e-6, 1e-3
+_PAUSE_S, _MOST_S = 20e-6, 2e-4
 _CHECK_S = 0.05  # between two looks at what tells of failures
 
 
@@ -69,8 +69,18 @@ class Board:
         """What `rank` said last."""
         return self._words[self._at(rank, lane)]
 
-    def wait(self, values: Mapping[int, int], phase: str, end: float, lane: int = 0) -> None:
+    def wait(
+        self,
+        values: Mapping[int, int],
+        phase: str,
+        end: float,
+        lane: int = 0,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         """Until every rank of `values` has said at least its value, or `end` (monotonic).
+
+        Args:
+            meanwhile: called between looks; may post.
 
         Raises:
             TransferError: ranks that did not in time, or whose process ended, by name and with what they said.
@@ -78,6 +88,7 @@ class Board:
         """
         spins, pause, check = _SPINS, _PAUSE_S, time.monotonic() + _CHECK_S
         while late := self._late(values, lane):
+            meanwhile()
             if spins:
                 spins -= 1
                 continue

@@ -27,6 +27,8 @@ _BEACONS: dict[int, tuple[torch.Tensor, bytes]] = {}
 class CudaMemory:
     """Reads memory of other GPUs, or of other processes on this one, into tensors of `device`."""
 
+    step_bytes = 64 << 20
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams: list[torch.cuda.Stream] = []
@@ -110,6 +112,19 @@ class CudaMemory:
             pairs = [(_base(src), _base(dst)) for src, dst in zip(jobs.src.tolist(), jobs.dst.tolist(), strict=True)]
         numbers: dict[tuple[int, int], int] = {}
         return np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64)
+
+    def mark(self) -> Callable[[], bool]:
+        """Whether the current stream has done what it was given so far. What that returns raises OSError."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+
+        def done() -> bool:
+            try:
+                return bool(event.query())
+            except RuntimeError as error:
+                raise OSError(str(error)) from error
+
+        return done
 
     def wait(self, end: float) -> None:
         """Until the current stream is done. Raises TimeoutError, OSError."""

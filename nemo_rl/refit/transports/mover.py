@@ -43,7 +43,8 @@ class Setting:
 
     Attributes:
         messages: passes the plan's messages over the session's channel.
-        sources: trainer rank -> its layout.
+        sources: trainer rank -> its layout; replicas share one object.
+        landings: generator rank -> its layout; replicas share one object.
     """
 
     plan: RefitPlan
@@ -52,6 +53,7 @@ class Setting:
     control: Control
     messages: Pipeline
     sources: Mapping[int, Layout]
+    landings: Mapping[int, Layout]
 
 
 class Mover(Protocol):

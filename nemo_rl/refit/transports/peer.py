@@ -3,11 +3,13 @@
 Trainers show where their rows are (once; again when storage moved), generators map that memory and copy strided boxes
 straight into their own parameters or load-format staging: no message buffers, no work on the trainers. Both sides see
 the fences: a generator starts when its trainers have said that their weights are complete, and a trainer returns when
-all generators that read it have said that they are done.
+all generators that read it have said that they are done. Where replicas of generators outnumber what trainers' links
+feed, generators read from each other too (`relay.py`).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,14 @@ from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable, Message
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.relay import relay_of
 from nemo_rl.refit.strided import Jobs, Rows, jobs_of
+from nemo_rl.refit.transports.board import Board
+from nemo_rl.refit.transports.chain import Chain
 from nemo_rl.refit.transports.host_memory import HostMemory
 from nemo_rl.refit.transports.mover import Facts, Setting
+
+log = logging.getLogger(__name__)
 
 
 class Memory(Protocol):
@@ -32,9 +39,11 @@ class Memory(Protocol):
 
     Attributes:
         staging_bytes: the most that reads took beside their destinations.
+        step_bytes: of reads, take a few times as long as telling another process that they are done.
     """
 
     staging_bytes: int
+    step_bytes: int
 
     def beacon(self) -> str:
         """Where other processes find a piece of this process's memory, and what it says."""
@@ -57,6 +66,9 @@ class Memory(Protocol):
     def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
         """What starts copying `jobs`, as often as wanted; it raises OSError where the memory is gone."""
 
+    def mark(self) -> Callable[[], bool]:
+        """What tells whether all reads started so far are done; it raises OSError where one failed."""
+
     def wait(self, end: float) -> None:
         """Until all reads are done. Raises TimeoutError at `end` (monotonic), OSError where one failed."""
 
@@ -74,21 +86,21 @@ def memory_of(device: torch.device) -> Memory:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Messages of one source that are read in one go."""
+    """Copies from one rank that are read in one go."""
 
-    messages: Sequence[Message]
+    giver: int
     indices: np.ndarray
     start: Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """What lands in place, ready to start again while storage stays at both ends."""
+    """What lands in place, ready to start again while storage stays at both ends; the batches of each step."""
 
     views: Mapping[int, torch.Tensor]
     rows: Rows
     opened: Mapping[int, tuple[int, Rows]]
-    batches: Sequence[_Batch]
+    steps: Sequence[Sequence[_Batch]]
 
 
 def unsupported(rank: int, world: World, facts: Facts) -> str | None:
@@ -112,14 +124,18 @@ class Peer:
         self._control, self._world = setting.control, setting.plan.world
         self._memory = memory_of(setting.device)
         copies = setting.plan.bulk
-        far = copies.src_rank != copies.dst_rank
-        self._sources = np.unique(copies.src_rank[far & (copies.dst_rank == self._rank)]).tolist()
-        self._readers = np.unique(copies.dst_rank[far & (copies.src_rank == self._rank)]).tolist()
-        self._used = np.unique(copies.src_row[copies.src_rank == self._rank]).tolist()
+        self._layouts = {**setting.landings, **setting.sources}
+        self._relay = relay_of(setting.plan, setting.landings, self._memory.step_bytes)
+        self._given = self._relay.applied(copies)
+        self._sources = self._relay.givers(copies, self._rank)
+        self._readers = self._relay.readers(copies, self._rank)
+        self._used = np.unique(self._given.src_row[self._given.src_rank == self._rank]).tolist()
+        self._board: Board | None = None
+        self._chain = self._join_chain()
         self._shown: Rows | None = None
-        self._seen: Callable[[int, Region], torch.Tensor] | None = None
+        self._seen: object = None
         self._opened: dict[int, tuple[int, Rows]] = {}
-        self._parts: tuple[list[list[Message]], list[Message]] | None = None
+        self._parts: tuple[list[list[np.ndarray]], list[Message]] | None = None
         self._ready: _Ready | None = None
 
     def run(
@@ -131,38 +147,55 @@ class Peer:
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming peer, round and parameter."""
         end = time.monotonic() + deadline_s
-        self._offer(src_view)
+        self._offer(src_view, tracker)
         if tracker is not None:
             self._take(copies, tracker, end)
         self._control.exchange("transfer", dict.fromkeys(self._sources, b""), self._readers)
-        sent, received = copies.wire_bytes(self._rank)
+        sent, received = self._relay.wire_bytes(copies, self._rank)
         return Traffic(sent, received, self._memory.staging_bytes)
 
     def close(self) -> None:
         self._opened.clear()
         self._ready = None
         self._memory.close()
+        if self._board is not None:
+            self._board.close()
 
-    # ---- the trainer's side
+    def _join_chain(self) -> Chain | None:
+        """Every rank opens the board where some generators forward; this rank's chain where it is in one."""
+        if not self._relay.num_steps:
+            return None
+        if self._rank == self._world.trainers[0]:
+            log.info("%s", self._relay.describe(self._world, self._plan.bulk))
+        self._board = Board.open(self._control)
+        if self._rank not in self._relay.num_steps:
+            return None
+        giver = next((r for r in self._sources if r not in self._world.trainers), None)
+        return Chain(self._board, self._rank, giver, self._relay.num_steps[self._rank])
 
-    def _offer(self, src_view: Callable[[int, Region], torch.Tensor]) -> None:
-        """Tell readers that the weights stand, and where, if that is new; open what the sources say."""
+    # ---- the side that is read
+
+    def _offer(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> None:
+        """Tell readers that this rank begins, and where its rows are, if that is new; open what the sources say."""
         payload = b""
         if self._used:
-            payload = self._show(src_view)
+            payload = self._show(src_view, tracker)
             self._memory.fence()
         said = self._control.exchange("transfer", dict.fromkeys(self._readers, payload), self._sources)
         for rank, told in said.items():
             if told:
                 self._opened[rank] = self._open(rank, told)
 
-    def _show(self, src_view: Callable[[int, Region], torch.Tensor]) -> bytes:
+    def _show(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bytes:
         """Where the rows that others read are; nothing where they are what was shown before."""
-        if src_view is self._seen:
+        layout, landed = self._layouts[self._rank], None
+        if self._rank not in self._world.trainers and tracker is not None:
+            landed = tracker.rows(IN_PLACE)
+        held: object = src_view if landed is None else landed
+        if held is self._seen:
             return b""
-        self._seen = src_view
-        layout = self._setting.sources[self._rank]
-        views = {row: src_view(row, layout.region(row)) for row in self._used}
+        self._seen = held
+        views = {row: src_view(row, layout.region(row)) if landed is None else landed[row] for row in self._used}
         rows, shown = Rows.of(views, layout), self._shown
         if shown is not None and rows.equals(shown):
             return b""
@@ -177,7 +210,7 @@ class Peer:
             peer, bases = self._memory.open(windows)
         except OSError as error:
             raise self._failed(f"opening the memory of {self._world.describe(rank)}: {error}", rank) from error
-        address = np.zeros(len(self._setting.sources[rank]), np.int64)
+        address = np.zeros(len(self._layouts[rank]), np.int64)
         address[arrays["row"]] = bases[arrays["where"][:, 0]] + arrays["where"][:, 1]
         return peer, Rows(address, arrays["strides"])
 
@@ -187,58 +220,69 @@ class Peer:
         self._memory.fence()
         in_place, staged = self._parts or self._split(copies, tracker)
         self._parts = in_place, staged
-        if in_place:
-            self._ready = self._prepare_in_place(copies, in_place, tracker)
-            for batch in self._ready.batches:
-                self._start(copies, batch, tracker)
+        self._ready = ready = self._prepare_in_place(in_place, tracker)
+
+        def start(step: int) -> None:
+            for batch in ready.steps[step]:
+                self._start(batch, tracker)
+
+        if self._chain is not None:
+            self._chain.run(start, self._memory.mark, end)
+        else:
+            start(0)
         for message in staged:
             units = np.unique(tracker.layout.unit[copies.dst_row[message.lo : message.hi]]).tolist()
             views = {row: view for unit in units for row, view in tracker.rows(unit).items()}
-            self._start(copies, self._batch(copies, [message], tracker, Rows.of(views, tracker.layout)), tracker)
+            self._start(self._batch(_copies_of([message]), tracker, Rows.of(views, tracker.layout)), tracker)
         try:
             self._memory.wait(end)
         except (OSError, TimeoutError) as error:
             names = ", ".join(map(self._world.describe, self._sources))
             raise self._failed(f"reading from {names}: {error}", *self._sources) from error
 
-    def _split(self, copies: CopyTable, tracker: Tracker) -> tuple[list[list[Message]], list[Message]]:
-        """Messages that land here: groups whose bytes land in place, in any order, and the others, in plan order."""
+    def _split(self, copies: CopyTable, tracker: Tracker) -> tuple[list[list[np.ndarray]], list[Message]]:
+        """What lands here: in place, steps of copies that are read in one go each, and other messages in plan order."""
         parts: tuple[list[Message], list[Message]] = [], []
         for message in copies.messages_of(self._rank):
             if message.dst_rank == self._rank:
                 units = tracker.layout.unit[copies.dst_row[message.lo : message.hi]]
                 parts[int((units != IN_PLACE).any())].append(message)
-        return by_pairing(copies, parts[0]), parts[1]
+        groups = [_copies_of(group) for group in by_pairing(copies, parts[0])]
+        if self._chain is None:
+            return [groups], parts[1]
+        if self._chain.giver is not None:
+            groups = [np.concatenate(groups)]
+        step = self._relay.step
+        steps = [[g[step[g] == n] for g in groups] for n in range(self._relay.num_steps[self._rank])]
+        return [[part for part in parts if len(part)] for parts in steps], parts[1]
 
-    def _prepare_in_place(self, copies: CopyTable, groups: Sequence[list[Message]], tracker: Tracker) -> _Ready:
-        views, ready = tracker.rows(IN_PLACE), self._ready
+    def _prepare_in_place(self, steps: Sequence[Sequence[np.ndarray]], tracker: Tracker) -> _Ready:
+        views, ready = tracker.rows(IN_PLACE) if any(steps) else {}, self._ready
         same = ready is not None and ready.opened == self._opened
         if same and ready is not None and ready.views is views:
             return ready
         rows = Rows.of(views, tracker.layout)
         if same and ready is not None and rows.equals(ready.rows):
             return ready
-        batches = [self._batch(copies, messages, tracker, rows) for messages in groups]
+        batches = [[self._batch(indices, tracker, rows) for indices in parts] for parts in steps]
         return _Ready(views, rows, dict(self._opened), batches)
 
-    def _batch(self, copies: CopyTable, messages: Sequence[Message], tracker: Tracker, rows: Rows) -> _Batch:
-        src = messages[0].src_rank
-        peer, there = self._opened[src]
-        indices = np.concatenate([np.arange(m.lo, m.hi) for m in messages])
-        ends = (self._setting.sources[src], there), (tracker.layout, rows)
-        return _Batch(messages, indices, self._memory.prepare(peer, jobs_of(self._plan, copies, indices, *ends)))
+    def _batch(self, indices: np.ndarray, tracker: Tracker, rows: Rows) -> _Batch:
+        giver = int(self._given.src_rank[indices[0]])
+        peer, there = self._opened[giver]
+        ends = (self._layouts[giver], there), (tracker.layout, rows)
+        return _Batch(giver, indices, self._memory.prepare(peer, jobs_of(self._plan, self._given, indices, *ends)))
 
-    def _start(self, copies: CopyTable, batch: _Batch, tracker: Tracker) -> None:
+    def _start(self, batch: _Batch, tracker: Tracker) -> None:
         try:
             batch.start()
         except OSError as error:
-            message = batch.messages[0]
-            first, name = self._plan.copy(copies, message.lo), self._world.describe(message.src_rank)
+            first = self._plan.copy(self._given, int(batch.indices[0]))
             text = (
-                f"reading from {name} in round {message.round} ({len(batch.indices)} copies, "
-                f"{sum(m.num_bytes for m in batch.messages)} bytes, first {first.fqn} {first.region}): {error}"
+                f"reading from {self._world.describe(batch.giver)} ({len(batch.indices)} copies, "
+                f"{self._relay.num_bytes[batch.indices].sum()} bytes, first {first.fqn} {first.region}): {error}"
             )
-            raise self._failed(text, message.src_rank) from error
+            raise self._failed(text, batch.giver) from error
         tracker.landed(batch.indices)
 
     def _failed(self, text: str, *peers: int) -> TransferError:
@@ -246,6 +290,11 @@ class Peer:
         return TransferError(
             text, rank=self._rank, phase="transfer", remedy=f"check whether {names} is alive; remake the session"
         )
+
+
+def _copies_of(messages: Sequence[Message]) -> np.ndarray:
+    """Numbers of the copies that `messages` carry."""
+    return np.concatenate([np.arange(m.lo, m.hi) for m in messages])
 
 
 def by_pairing(copies: CopyTable, messages: Sequence[Message]) -> list[list[Message]]:
