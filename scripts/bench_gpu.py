@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--trainers", type=int, default=2)
     p.add_argument("--generators", type=int, default=2)
+    p.add_argument("--replicas", type=int, default=1, help="engines that the generators are, each with the whole model")
     p.add_argument("--layers", type=int, default=48)
     p.add_argument("--small", action="store_true", help="tiny tensors, for a try")
     p.add_argument("--in-one-buffer", action="store_true", help="a trainer's experts of a layer, not a tensor each")
@@ -146,8 +147,8 @@ class Rank:
             one = self.options.in_one_buffer
             rows = list(trainer_rows(shape, self.rank, self.options.trainers, self.device, one))
             return BenchSource(shape.table(), rows), None
-        rank = self.rank - self.options.trainers
-        return None, BenchLanding(list(generator_rows(shape, rank, self.options.generators, self.device)))
+        rank, size = self.rank - self.options.trainers, self.options.generators // self.options.replicas
+        return None, BenchLanding(list(generator_rows(shape, rank % size, size, self.device)))
 
     def session(self, variant: str, source: BenchSource | None, landing: BenchLanding | None) -> None:
         """A new session, refits of alternating weights, and one row."""
@@ -196,7 +197,8 @@ class Rank:
         transfer = [max(s["phases"]["transfer"][i] for s in said) for i in range(len(slowest))]
         each = said[self.world.generators[0]]["bytes"]
         return {
-            "case": f"EP{self.options.trainers} -> TP{self.options.generators}, {self.options.layers} layers"
+            "case": f"EP{self.options.trainers} -> {self.options.replicas} x "
+            f"TP{self.options.generators // self.options.replicas}, {self.options.layers} layers"
             + (", experts in one buffer" if self.options.in_one_buffer else ""),
             "variant": variant,
             "seconds_median": statistics.median(slowest),
