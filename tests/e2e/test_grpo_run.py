@@ -56,24 +56,32 @@ def run(config: Path, models: Path, outputs: Path, steps: int, *overrides: str) 
 
 
 def assert_proven(rows: list[dict[str, Any]], transport: str) -> None:
+    """Every row's refit was verified, and its samples were those of the trainers' weights."""
     for row in rows:
         assert row["refit_verified"] is True and row["refit_transport"] == transport
         assert row["weight_version"] == row["step"]
-        assert 0 <= row["gen_kl_error"] < 1e-6
         assert row["refit_s"] > 0 and row["refit_bulk_bytes"] + row["refit_misc_bytes"] > 1_000_000
         assert 0 < row["reward_mean"] <= 1 and row["grad_norm"] > 0
+    assert all(0 <= row["gen_kl_error"] < FRESH for row in rows)
+
+
+FRESH, STALE = 1e-6, 1e-4
+"""`gen_kl_error` of samples of the trainers' weights, and of those of the weights of a step before."""
 
 
 def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
-    rows, printed = run(DENSE, models, tmp_path, 3)
-    assert_proven(rows, "peer")
-    assert all(r["refit_misc_bytes"] == 0 for r in rows)
-    assert len({r["refit_bulk_bytes"] for r in rows}) == 1
+    """Samples are the trainers' after every refit and, as the control, never where a refit is left out."""
+    rows, printed = run(DENSE, models, tmp_path, 4, "grpo.refit_every=2")
+    assert [r["weight_version"] for r in rows] == [0, 2, 2, 4]
+    assert [r["gen_kl_error"] < FRESH for r in rows] == [True, False, True, False]
+    assert all(r["gen_kl_error"] > STALE and r["refit_verified"] for r in rows[1::2])
+    assert all(r["refit_s"] is None and r["refit_verified"] is None for r in rows[0::2])
+    assert {r["refit_misc_bytes"] for r in rows[1::2]} == {0} and len({r["refit_bulk_bytes"] for r in rows[1::2]}) == 1
     assert "margin" in printed and "verified" in printed
     folder = (tmp_path / "latest").resolve()
     assert (folder / "summary.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").iterdir())
-    assert load_config(folder / "config.yaml", [], {}).grpo.max_num_steps == 3
+    assert load_config(folder / "config.yaml", [], {}).grpo.max_num_steps == 4
     assert "refit plan" in (folder / "run.log").read_text()
 
 
@@ -89,9 +97,10 @@ def test_conventional_refits(models: Path, tmp_path: Path) -> None:
     assert all(r["refit_bulk_bytes"] == 0 for r in rows)
 
 
+@pytest.mark.slow
 def test_without_refits_generator_and_trainer_part(models: Path, tmp_path: Path) -> None:
     rows, _ = run(DENSE, models, tmp_path, 3, "grpo.refit_every=0")
-    assert rows[0]["gen_kl_error"] < 1e-6 and min(r["gen_kl_error"] for r in rows[1:]) > 1e-4
+    assert rows[0]["gen_kl_error"] < FRESH and min(r["gen_kl_error"] for r in rows[1:]) > STALE
     assert all(r["refit_s"] is None and r["weight_version"] == 0 for r in rows)
 
 
