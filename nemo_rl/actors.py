@@ -22,7 +22,7 @@ from nemo_rl.grpo.loss import BatchLoss, LossInputs, LossOptions, Normalizer
 from nemo_rl.grpo.rollouts import GenerationRequest
 from nemo_rl.grpo.types import Completion, RolloutBatch
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
-from nemo_rl.topology import Topology, parallel_of
+from nemo_rl.topology import Topology, device_of, parallel_of
 from nemo_rl.trainer.actor import TrainerActor, trainer_env
 from nemo_rl.trainer.model import model_shape, read_config
 from nemo_rl.trainer.policy import TrainerConfig
@@ -47,6 +47,7 @@ def trainer_config(config: Config, model_path: Path, topology: Topology) -> Trai
         router_bias_update_rate=policy.megatron_cfg.moe_router_bias_update_rate,
         micro_batch_size=policy.train_micro_batch_size,
         logprob_batch_size=policy.logprob_batch_size,
+        device=device_of(config),
         seed=config.grpo.seed,
         deadline_s=config.grpo.step_deadline_s,
     )
@@ -64,6 +65,7 @@ def generator_config(config: Config, model_path: Path) -> GeneratorConfig:
         kv_cache_memory_bytes=vllm.kv_cache_memory_bytes,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         enforce_eager=vllm.enforce_eager,
+        moe_backend=vllm.moe_backend,
         load_format=vllm.load_format,  # type: ignore[arg-type]
         quantization=vllm.quantization,
         kv_cache_dtype=vllm.kv_cache_dtype,
@@ -221,7 +223,10 @@ class Actors:
         self.close()
 
     def _start(self) -> None:
-        """Trainers and generators come up side by side."""
+        """Trainers and generators come up side by side; on devices that they share, generators first.
+
+        An engine measures what a device has left, which nobody else must change meanwhile.
+        """
         deadline = self._config.cluster.start_deadline_s
         count, env = self._topology.num_trainers, worker_env(self._generator_config, self._device)  # type: ignore[arg-type]
         for replica in range(self._topology.num_replicas):
@@ -229,6 +234,9 @@ class Actors:
             self.generators.append(
                 self._cluster.place(name, count + replica, GeneratorActor, env, self._generator_config)
             )
+        ready = [(actor, actor.handle.ready.remote()) for actor in self.generators]
+        if self._topology.shared:
+            wait_all(ready, "start", deadline)
         for rank in range(count):
             name = self._name("trainer", rank, rank, 1)
             self.trainers.append(self._cluster.place(name, rank, TrainerActor, trainer_env()))
@@ -238,8 +246,7 @@ class Actors:
             (actor, actor.handle.setup.remote(self._trainer_config, rank, f"tcp://{host}:{port}"))
             for rank, actor in enumerate(self.trainers)
         ]
-        calls += [(actor, actor.handle.ready.remote()) for actor in self.generators]
-        files = wait_all(calls, "start", deadline)[count:]
+        files = wait_all([*calls, *ready], "start", deadline)[count:]
         self._shared_files = [path for replica in files for path in replica]
 
     @staticmethod

@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl.config import ClusterConfig
+from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.errors import RefitError
 from nemo_rl.topology import Topology
 
@@ -51,7 +52,8 @@ class Cluster:
     """A Ray cluster for one run. A context manager: on the way out all its actors are killed.
 
     Args:
-        device: `cpu` or `cuda`; with `cuda`, each rank holds a GPU, otherwise one CPU slot (a virtual device).
+        device: `cpu` or `cuda`; with `cuda`, each rank holds a GPU, otherwise one CPU slot (a virtual device). A
+            device that is shared holds two ranks.
 
     Raises (on entering):
         ClusterError: the cluster cannot be reached, or lacks the devices of `topology`.
@@ -60,6 +62,9 @@ class Cluster:
     def __init__(self, config: ClusterConfig, topology: Topology, device: str) -> None:
         self._config, self._topology = config, topology
         self._resource = "GPU" if device == "cuda" else "CPU"
+        self._hidden = (
+            {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+        )  # else Ray says which GPUs are an actor's
         self._group: PlacementGroup | None = None
         self._actors: list[Actor] = []
         self._owner = False
@@ -96,8 +101,9 @@ class Cluster:
             raise ClusterError(f"Ray was not reached at {address}: {error}; {_remedy(address)}") from error
 
     def _reserve(self) -> None:
-        """All devices of the run, or none: one bundle per trainer rank, one per engine."""
-        sizes = [1] * self._topology.num_trainers + [self._topology.generator_size] * self._topology.num_replicas
+        """All devices of the run, or none: one bundle per trainer rank, one per engine that has devices of its own."""
+        own = 0 if self._topology.shared else self._topology.num_replicas
+        sizes = [1] * self._topology.num_trainers + [self._topology.generator_size] * own
         have, need = ray.cluster_resources().get(self._resource, 0), sum(sizes)
         if have < need:
             raise ClusterError(
@@ -116,11 +122,14 @@ class Cluster:
         self, name: str, bundle: int, actor_class: type, env: Mapping[str, str], *args: Any, **kwargs: Any
     ) -> Actor:
         """Make an actor of a plain class on devices `bundle`: a trainer's rank, or number of trainers + replica."""
-        size = 1 if bundle < self._topology.num_trainers else self._topology.generator_size
+        count = self._topology.num_trainers
+        size: float = 1 if bundle < count else self._topology.generator_size
+        if self._topology.shared:
+            bundle, size = bundle % count, 0.5
         remote = ray.remote(actor_class).options(
             num_cpus=size,
             num_gpus=size if self._resource == "GPU" else 0,
-            runtime_env={"env_vars": dict(env)},
+            runtime_env={"env_vars": {**env, **MULTICAST_OFF, **self._hidden}},
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
             max_restarts=0,
             max_task_retries=0,

@@ -89,6 +89,7 @@ class VllmConfig:
     """One engine. `kv_cache_memory_bytes` bounds the KV cache on CPU, `gpu_memory_utilization` on GPU.
 
     `load_format=dummy` starts engines from random weights; the refit before the first step brings the real ones.
+    `moe_backend` names the kernels of experts, as vLLM does: `triton` reads them as they are loaded, others rearrange.
     `quantization` names how engines quantize what trainers send, as vLLM does (`fp8_per_channel`); null leaves it.
     """
 
@@ -99,6 +100,7 @@ class VllmConfig:
     max_model_len: int = 64
     max_num_seqs: int = 256
     enforce_eager: bool = True
+    moe_backend: str = "auto"
     load_format: str = "auto"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"

@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from nemo_rl.actors import Actors
@@ -17,7 +16,7 @@ from nemo_rl.grpo.loop import GrpoLoop
 from nemo_rl.grpo.warmup import ensure_start_model
 from nemo_rl.metrics import RunRecorder, make_run_folder, start_logging
 from nemo_rl.preflight import START_MODEL, validate
-from nemo_rl.topology import topology_of
+from nemo_rl.topology import device_of, topology_of
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +53,6 @@ def run(config: Config, title: str, console: Console) -> Path:
     return folder
 
 
-def device_of(config: Config) -> str:
-    """`cpu` or `cuda`."""
-    if config.cluster.device != "auto":
-        return config.cluster.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def stop_token_ids(model_path: Path) -> tuple[int, ...]:
     """End-of-sequence tokens of a checkpoint: `generation_config.json` before `config.json`."""
     for name in ("generation_config.json", "config.json"):
@@ -75,7 +67,7 @@ def _model_path(config: Config, console: Console) -> Path:
     if config.policy.model_name != START_MODEL:
         return Path(config.policy.model_name).resolve()
     console.print("preparing the start model", style="dim")
-    return ensure_start_model(config).resolve()
+    return ensure_start_model(config, device_of(config)).resolve()
 
 
 def _train(config: Config, title: str, folder: Path, model_path: Path, actors: Actors, console: Console) -> None:

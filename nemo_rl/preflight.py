@@ -16,7 +16,8 @@ from nemo_rl.generator.preflight import check_loader_apart
 from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
-from nemo_rl.topology import Topology, parallel_of, parallel_sizes, topology_of
+from nemo_rl.refit.device import MULTICAST_OFF
+from nemo_rl.topology import Topology, device_of, parallel_of, parallel_sizes, topology_of
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read_config
 
@@ -248,11 +249,18 @@ def _start_model(config: Config) -> Iterator[str]:
 
 def _combinations(config: Config) -> Iterator[str]:
     policy, run_name = config.policy, config.logger.run_name
-    if policy.generation.colocated.enabled:
+    transport = policy.refit.transport if policy.nccl_xfer_refit else "broadcast"
+    if policy.generation.colocated.enabled and device_of(config) == "cuda" and transport not in ("auto", "peer"):
         yield (
-            "policy.generation.colocated.enabled=true: trainers and generators on the same devices are not supported; "
-            "set it to false and give generators devices of their own"
+            f"policy.generation.colocated.enabled=true with transport '{transport}': NCCL takes one rank a GPU; set "
+            f"policy.refit.transport=peer and policy.nccl_xfer_refit=true, or colocated.enabled=false"
         )
+    for name, value in inherited_environment().items():
+        if value != MULTICAST_OFF.get(name, value):
+            yield (
+                f"{name}={value}: NVLink multicast can take all GPUs of a host out of service; unset it, or set it to "
+                f"{MULTICAST_OFF[name]} as every process of a run does"
+            )
     if policy.generation.vllm_cfg.load_format == "dummy" and not config.grpo.refit_every:
         yield (
             "policy.generation.vllm_cfg.load_format=dummy with grpo.refit_every=0: generators would answer from random "

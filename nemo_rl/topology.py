@@ -1,8 +1,10 @@
-"""Which ranks a configuration asks for: trainers first, then the workers of every generator replica."""
+"""Which ranks a configuration asks for, and on what: trainers first, then the workers of every generator replica."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from nemo_rl.config import Config
 from nemo_rl.trainer.model import Parallel
@@ -10,17 +12,19 @@ from nemo_rl.trainer.model import Parallel
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Ranks of one run, each on a device of its own.
+    """Ranks of one run.
 
     Attributes:
         num_trainers: Megatron ranks.
         num_replicas: vLLM engines.
         generator_size: tensor-parallel ranks of each engine.
+        shared: device i holds trainer rank i and generator i; else each rank has a device of its own.
     """
 
     num_trainers: int
     num_replicas: int
     generator_size: int
+    shared: bool = False
 
     @property
     def num_generators(self) -> int:
@@ -32,11 +36,18 @@ class Topology:
         return self.num_trainers + replica * self.generator_size
 
 
+def device_of(config: Config) -> str:
+    """`cpu` or `cuda`: what all ranks compute on."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def topology_of(config: Config) -> tuple[Topology, list[str]]:
     """The ranks that `config` asks for, and everything that is wrong with their numbers, with the remedy.
 
     Generators take `policy.generation.colocated.resources`, or what the smallest trainer layout leaves over; trainers
-    take the rest.
+    take the rest. Where both are on the same devices, all of them hold a rank of either kind.
     """
     megatron, resources = config.policy.megatron_cfg, config.policy.generation.colocated.resources
     size, cluster = config.policy.generation.vllm_cfg.tensor_parallel_size, config.cluster
@@ -44,6 +55,7 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
     if problems:
         return Topology(1, 1, 1), problems
     total = cluster.gpus_per_node * cluster.num_nodes
+    shared = config.policy.generation.colocated.enabled
     stage = megatron.pipeline_model_parallel_size
     dense = megatron.tensor_model_parallel_size * stage * megatron.context_parallel_size
     sparse = megatron.expert_model_parallel_size * megatron.expert_tensor_parallel_size * stage
@@ -51,9 +63,16 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
     asked = resources.gpus_per_node
     generators = total - smallest if asked is None else asked * (resources.num_nodes or 1)
     trainers = total - generators
+    if shared:
+        generators = trainers = total
     devices = f"cluster.gpus_per_node={cluster.gpus_per_node} x cluster.num_nodes={cluster.num_nodes} = {total} devices"
     key = "policy.generation.colocated.resources.gpus_per_node"
-    if generators < size or trainers < smallest:
+    if shared and size > 1:
+        problems.append(
+            f"policy.generation.colocated.enabled=true with policy.generation.vllm_cfg.tensor_parallel_size={size}: an "
+            f"actor has a part of one device or several whole ones; set the size to 1, or colocated.enabled=false"
+        )
+    elif generators < size or trainers < smallest:
         problems.append(
             f"more ranks than resources: trainers need {smallest} (TP x PP = {dense}, EP x ETP x PP = {sparse}), one "
             f"generator needs {size}, and there are {devices}, {max(generators, 0)} of them for generators; raise "
@@ -70,7 +89,7 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
                 f"{generators} generator devices are not a multiple of policy.generation.vllm_cfg.tensor_parallel_size="
                 f"{size}; change {key} or the parallel size"
             )
-    return Topology(max(trainers, 1), max(generators // size, 1), size), problems
+    return Topology(max(trainers, 1), max(generators // size, 1), size, shared), problems
 
 
 def parallel_of(config: Config, world_size: int) -> Parallel:

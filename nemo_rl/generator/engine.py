@@ -13,6 +13,7 @@ import torch
 
 from nemo_rl.generator.shm import made_since, mapped_shared_memory
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.errors import PoisonedError, RefitError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class GeneratorConfig:
         load_format: `dummy` starts from random weights; the first refit brings the real ones.
         quantization: vLLM's name of how the engine quantizes what it loads, such as `fp8_per_channel`; None where the
             model's own configuration says how its weights are quantized, or they are not.
+        moe_backend: vLLM's name of the kernels of experts, such as `triton`; `auto` leaves the choice to vLLM.
         kv_cache_dtype: `auto` is the precision; `fp8` takes the cache's scales from the weights.
         adapter: a LoRA adapter that answers every request; None where the model itself is refitted.
         seed: of dummy weights and of requests without a seed.
@@ -73,6 +75,7 @@ class GeneratorConfig:
     kv_cache_memory_bytes: int = 64 << 20
     gpu_memory_utilization: float = 0.5
     enforce_eager: bool = True
+    moe_backend: str = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
@@ -122,12 +125,10 @@ def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") 
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Multicast needs a fabric manager that containers often lack; communicators hang or fail without it.
-        "NCCL_NVLS_ENABLE": "0",
-        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-        "NVSHMEM_DISABLE_NVLS": "1",
-        # The sampler of FlashInfer is compiled on first use; vLLM's own needs no compiler.
+        **MULTICAST_OFF,
+        # FlashInfer's sampler and DeepGEMM's kernels are compiled on first use, by CUDA's compiler.
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_USE_DEEP_GEMM": "0",
     }
     if device == "cpu":
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -340,7 +341,6 @@ def _make_llm(config: GeneratorConfig) -> Any:
 
     if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING is on; start the process with worker_env(config)")
-    on_cpu = current_platform.is_cpu()
     memory = {"kv_cache_memory_bytes": config.kv_cache_memory_bytes}
     adapter = _adapter_options(config.adapter) if config.adapter is not None else {}
     return LLM(
@@ -351,6 +351,7 @@ def _make_llm(config: GeneratorConfig) -> Any:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         enforce_eager=config.enforce_eager,
+        moe_backend=config.moe_backend,
         load_format=config.load_format,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
@@ -360,7 +361,7 @@ def _make_llm(config: GeneratorConfig) -> Any:
         logprobs_mode="processed_logprobs",
         worker_extension_cls=WORKER,
         disable_log_stats=True,
-        **(memory if on_cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}),
+        **(memory if current_platform.is_cpu() else {"gpu_memory_utilization": config.gpu_memory_utilization}),
         **adapter,
     )
 

@@ -38,6 +38,7 @@ class Layouts:
         in_place: modules that must be processed again although their bytes land in live storage.
         constant: modules that no tensor fills and that processing makes from constants.
         misc: tensors that the engine's own loader takes.
+        live: live parameters that rows of unit -1 go into.
         needs: module -> tensors that it is made of, as far as rows tell; every module that the loader fills is a key.
         padding: live parameter -> byte ranges that no tensor fills and that dummy weights left random.
     """
@@ -48,6 +49,7 @@ class Layouts:
     in_place: tuple[str, ...]
     constant: tuple[str, ...]
     misc: Mapping[str, str]
+    live: tuple[str, ...]
     needs: Mapping[str, frozenset[str]]
     padding: Mapping[str, tuple[tuple[int, int], ...]]
 
@@ -65,7 +67,7 @@ class Update:
     processed: set[str] = field(default_factory=set)
     derived: set[str] = field(default_factory=set)
     misc_loaded: bool = False
-    places: dict[str, int] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
 
 
 class VllmLanding:
@@ -83,6 +85,7 @@ class VllmLanding:
         self._layouts: Layouts | None = None
         self._update: Update | None = None
         self._rejected: str | None = None
+        self._live: tuple[Mapping[str, int], Mapping[int, torch.Tensor]] = {}, {}
         self.version: int | None = None
         self._restore()
 
@@ -97,6 +100,7 @@ class VllmLanding:
         short = {_module_of(p) for p in _short_parameters(trace, twin)} if trace.misc else set()
         misc = _close_over_modules(trace, short, found.must_be_misc)
         rows = tuple(row for row in trace.rows if row.fqn not in misc)
+        self._live = {}, {}
         self._layouts = self._lay_out(trace, rows, misc, found, short)
         regions = [(row.fqn, row.region) for row in rows]
         layout = Layout.from_regions(regions, table, self._layouts.units)
@@ -131,6 +135,7 @@ class VllmLanding:
             in_place=tuple(found.in_place),
             constant=tuple(name for name in found.staged if name in alone),
             misc=misc,
+            live=tuple(dict.fromkeys(r.param for r in rows if _module_of(r.param) not in number)),
             needs={name: frozenset(fqns) for name, fqns in needs.items()},
             padding={p: r for p, r in trace.padding.items() if dummy and _module_of(p) not in number},
         )
@@ -158,11 +163,11 @@ class VllmLanding:
         if unit in update.open or name in update.processed:
             raise RuntimeError(f"{name} was opened before in version {update.version}")
         update.open.add(unit)
-        mine = {i: layouts.rows[i] for i, u in enumerate(layouts.units) if u == unit}
         if unit == IN_PLACE:
-            update.landed |= {_module_of(row.param) for row in mine.values()}
-            update.places = {row.param: self._tensor(row.param).data_ptr() for row in mine.values()}
-            return {i: view_of(self._tensor(row.param), row) for i, row in mine.items()}
+            update.landed |= set(map(_module_of, layouts.live))
+            update.places, views = self._in_place(layouts)
+            return views
+        mine = {i: layouts.rows[i] for i, u in enumerate(layouts.units) if u == unit}
         with compat.inside(self._config):
             fresh = compat.stage(self._modules[name])
         update.landed.add(name)
@@ -248,6 +253,15 @@ class VllmLanding:
         self._restore()
 
     # ---- helpers
+
+    def _in_place(self, layouts: Layouts) -> tuple[Mapping[str, int], Mapping[int, torch.Tensor]]:
+        """(parameter -> address, row -> view) of unit -1: the same mappings again while no storage moved."""
+        live = {name: self._tensor(name) for name in layouts.live}
+        places = {name: tensor.data_ptr() for name, tensor in live.items()}
+        if places != self._live[0]:
+            mine = {i: row for i, row in enumerate(layouts.rows) if layouts.units[i] == IN_PLACE}
+            self._live = places, {i: view_of(live[row.param], row) for i, row in mine.items()}
+        return self._live
 
     def _restore(self) -> None:
         """Put kernel tensors back into modules that an update left half loaded."""

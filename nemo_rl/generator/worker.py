@@ -25,6 +25,7 @@ class RefitWorker:
     vllm_config: Any
     model_config: Any
     rank: int
+    device: torch.device
     _refit_session: RefitSession | None = None
     _refit_landing: Landing | None = None
     _adapter: AdapterConfig | None = None
@@ -70,7 +71,7 @@ class RefitWorker:
             landing = self.refit_landing()
             if start_check:
                 landing = UnchangedByStart(landing, self._live_tensors)
-            self._refit_session = RefitSession(rank, world, store, options, landing=landing)
+            self._refit_session = RefitSession(rank, world, store, options, landing=landing, device=self.device)
             self._refit_session.connect()
 
         return self._said(connect, "connect")

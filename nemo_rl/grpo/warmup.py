@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +30,54 @@ def start_model_path(config: Config) -> Path:
     """Folder of the start model of these settings, made or not."""
     settings = {"start_model": asdict(config.start_model), "data": asdict(config.data), "format": 1}
     settings["length"] = config.policy.max_total_sequence_length
+    if config.policy.precision != "float32":
+        settings["precision"] = config.policy.precision
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.start_model.cache_dir) / name
 
 
-def ensure_start_model(config: Config) -> Path:
+def ensure_start_model(config: Config, device: str = "cpu") -> Path:
     """Make the start model unless it is cached; returns its checkpoint folder.
 
-    A model appears under its name only when it is complete.
+    A model appears under its name only when it is complete. On `cuda` a process of its own makes it, so that the GPU is
+    free again afterwards; only models made on the CPU are bit for bit the same on every machine.
     """
     path = start_model_path(config)
     if (path / "config.json").is_file():
         log.info("start model: cached in %s", path)
         return path
+    if device == "cpu":
+        _make(config, path, device)
+    else:
+        _make_apart(config, path, device)
+    log.info("start model: made in %s", path)
+    return path
+
+
+def _make_apart(config: Config, path: Path, device: str) -> None:
+    """Raises RuntimeError where the process failed or took longer than actors may to start."""
+    maker = get_context("spawn").Process(target=_make, args=(config, path, device), daemon=True)
+    maker.start()
+    maker.join(config.cluster.start_deadline_s)
+    if maker.exitcode != 0:
+        late = maker.exitcode is None
+        maker.kill()
+        why = f"was not made within {config.cluster.start_deadline_s:g} s" if late else "failed; see its error above"
+        raise RuntimeError(f"the start model {why}; lower start_model.warmup_steps or its size")
+
+
+def _make(config: Config, path: Path, device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".making-", dir=path.parent))
     try:
         with _one_thread():
-            model = warm_up(config.start_model, config.data, config.policy.max_total_sequence_length)
-        model.save_pretrained(work)
+            model = warm_up(config.start_model, config.data, config.policy.max_total_sequence_length, device)
+        model.to(getattr(torch, config.policy.precision)).save_pretrained(work)
         save_tokenizer(work)
         os.chmod(work, 0o755)
         os.replace(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    log.info("start model: made in %s", path)
-    return path
 
 
 @contextmanager
@@ -100,14 +123,15 @@ def start_model_config(settings: StartModelConfig, max_length: int) -> Any:
     )
 
 
-def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> Any:
-    """Train on solved problems with AdamW, linear decay, and loss on the answers only."""
+def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int, device: str = "cpu") -> Any:
+    """Train in float32 on solved problems with AdamW, linear decay, and loss on the answers only."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.manual_seed(settings.seed)
-    model = AutoModelForCausalLM.from_config(start_model_config(settings, max_length), dtype=torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(start_model_config(settings, max_length), dtype=torch.float32)
     task = Task(data.task, data.min_items, data.max_items, settings.seed)
     tokenizer = byte_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warmup_lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -115,7 +139,7 @@ def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int) -> An
     for step in range(settings.warmup_steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.warmup_lr * min(1.0, (step + 1) / 20) * (1.0 - step / settings.warmup_steps)
-        input_ids, labels = _solved_batch(task, tokenizer, step, settings)
+        input_ids, labels = (t.to(device) for t in _solved_batch(task, tokenizer, step, settings))
         logits = model(input_ids=input_ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,21 @@
-"""Waiting for a device with a deadline."""
+"""What holds for every device that tensors of a refit are on: its environment, and waiting for it with a deadline."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
+
+MULTICAST_OFF: Mapping[str, str] = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
+"""What every process that uses GPUs needs in its environment before it loads NCCL.
+
+NVLink multicast needs a fabric manager that containers often lack, and can take all GPUs of a host out of service.
+"""
 
 
 def finish(device: torch.device, end: float) -> None:

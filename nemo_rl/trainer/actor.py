@@ -8,6 +8,7 @@ import ray
 import torch
 
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.trainer.policy import LossFn, MegatronPolicy, Metrics, TrainerConfig
 
@@ -23,10 +24,7 @@ def trainer_env() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning",
         # Sequence parallelism overlaps communication with one queue of kernels.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        # NVLink multicast can take a host's GPUs out of service.
-        "NCCL_NVLS_ENABLE": "0",
-        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-        "NVSHMEM_DISABLE_NVLS": "1",
+        **MULTICAST_OFF,
     }
 
 
@@ -64,8 +62,9 @@ class TrainerActor:
     def refit_connect(self, world: World, store: tuple[str, int], options: RefitOptions) -> None:
         """Join a refit world as its trainer of this rank; an earlier session is closed."""
         self.refit_close()
-        rank = world.trainers[self._ready.rank]
-        self._session = RefitSession(rank, world, store, options, source=self._ready.source())
+        policy = self._ready
+        rank = world.trainers[policy.rank]
+        self._session = RefitSession(rank, world, store, options, source=policy.source(), device=policy.device)
         self._session.connect()
 
     def refit_plan(self) -> str:

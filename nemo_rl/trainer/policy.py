@@ -47,6 +47,7 @@ class TrainerConfig:
         precision: of the weights, `float32` or `bfloat16` (then with float32 main weights in the optimizer).
         router_bias_update_rate: how far a step moves the correction bias of a sigmoid router towards even loads.
         micro_batch_size, logprob_batch_size: most rows of one pass with and without gradients.
+        device: `cpu`, `cuda`, or `auto` for what there is.
         keep_reference: keep a copy of the start weights for `reference_logprobs`.
         deadline_s: longest that any collective between trainers may take.
     """
@@ -63,6 +64,7 @@ class TrainerConfig:
     router_bias_update_rate: float = 0.0
     micro_batch_size: int = 64
     logprob_batch_size: int = 128
+    device: str = "auto"
     seed: int = 42
     keep_reference: bool = True
     deadline_s: float = 300.0
@@ -95,20 +97,30 @@ class MegatronPolicy:
             problems = check_files(config.model_path, self._shape, self._dtype)
         if problems:
             raise ValueError(f"trainers cannot load {config.model_path}:\n" + "\n".join(f"  - {p}" for p in problems))
-        self._device = self._choose_device()
+        self.device = self._choose_device()
         timeout = timedelta(seconds=config.deadline_s)
-        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, init_method=init_method, rank=rank, world_size=config.parallel.world_size, timeout=timeout
         )
         with megatron_on_cpu():
             gpt.init_parallel(config.parallel, self._shape.is_moe, timeout, config.seed)
             self._build()
-        self._reference = [p.detach().to("cpu", copy=True) for p in self._weights()] if config.keep_reference else None
+        self._reference = [self._put_aside(p) for p in self._weights()] if config.keep_reference else None
 
     def _choose_device(self) -> torch.device:
-        """The GPU of this rank where there are any; a process that sees several takes them by rank."""
-        if not torch.cuda.is_available():
+        """The GPU of this rank where there are any; a process that sees several takes them by rank.
+
+        Raises:
+            ValueError: the configuration names another kind of device than torch finds.
+        """
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.config.device not in ("auto", found):
+            raise ValueError(
+                f"trainer rank {self.rank}: cluster.device={self.config.device}, but this process computes on {found}; "
+                f"hide the GPUs from it (CUDA_VISIBLE_DEVICES=) or install a CUDA build of torch"
+            )
+        if found == "cpu":
             return torch.device("cpu")
         torch.cuda.set_device(self.rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
@@ -163,7 +175,7 @@ class MegatronPolicy:
         """
         config = self.config
         batches = self._micro_batches(input_ids.shape[0], config.logprob_batch_size)
-        whole = torch.zeros(input_ids.shape, dtype=torch.float32, device=self._device)
+        whole = torch.zeros(input_ids.shape, dtype=torch.float32, device=self.device)
 
         def keep(rows: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
             if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -205,12 +217,17 @@ class MegatronPolicy:
         """Swap the start weights in; the current ones come back bit for bit, in the same storage."""
         if self._reference is None:
             raise ValueError("reference log-probabilities need keep_reference=True")
-        current = [p.detach().to("cpu", copy=True) for p in self._weights()]
+        current = [p.detach().clone() for p in self._weights()]
         try:
             self._fill(self._reference)
             yield
         finally:
             self._fill(current)
+
+    def _put_aside(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, in memory that a GPU reads at full speed where there is one."""
+        copy = torch.empty_like(weight, device="cpu", pin_memory=self.device.type == "cuda")
+        return copy.copy_(weight.detach())
 
     def _weights(self) -> list[torch.Tensor]:
         """Everything that a checkpoint holds: parameters, and the routers' bias, which is a buffer."""
@@ -281,7 +298,7 @@ class MegatronPolicy:
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
 
     def _check_gradients(self) -> None:
-        finite = torch.ones((), device=self._device)
+        finite = torch.ones((), device=self.device)
         for buffer in (b for chunk in self._ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
             finite *= torch.isfinite(buffer.grad_data).all()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -325,12 +342,12 @@ class MegatronPolicy:
         ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
             logprobs = token_logprobs(logits, ids, temperature, self._shape.vocab_size)
             value, metrics = loss(rows, logprobs[:, : input_ids.shape[1]])
-            return value, torch.zeros((), dtype=torch.int, device=self._device), metrics
+            return value, torch.zeros((), dtype=torch.int, device=self.device), metrics
 
         def step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             rows = next(data)
-            ids = padded_rows(input_ids, rows, self._sequence_multiple).to(self._device)
-            positions = torch.arange(ids.shape[1], device=self._device).expand_as(ids).contiguous()
+            ids = padded_rows(input_ids, rows, self._sequence_multiple).to(self.device)
+            positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids).contiguous()
             return model(ids, positions, None), partial(finish, rows, ids)
 
         get_forward_backward_func()(

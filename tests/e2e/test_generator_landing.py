@@ -107,7 +107,27 @@ def refusals(engine: VllmEngine, path: str) -> dict[str, bool]:
     last = natural_order(tensors)[-1]
     others = {name: tensor for name, tensor in tensors.items() if name != last}
     attempt("a tensor left out", last, lambda landing: landing.load_misc(others.items()))
+    found["views stay as long as storage"] = engine._llm.collective_rpc(live_views, args=(path,)) == [[True, False]]
     return found
+
+
+def live_views(worker: Any, path: str) -> list[bool]:
+    """In a worker: whether views of live storage are the very same on a second look, and on one after storage moved."""
+    inner(worker)._refit_landing = None
+    landing = inner(worker).refit_landing()
+    landing.declare(table_of(load_file(f"{path}/model.safetensors")))
+    landing.begin(1)
+    first, same = landing.open(-1), []
+    norm = inner(worker).model_runner.get_model().model.norm.weight
+    for move in (False, True):
+        landing.close(-1)
+        if move:
+            norm.data = norm.data.clone()
+        views = landing.open(-1)
+        assert views.keys() == first.keys() and norm.data_ptr() in {view.data_ptr() for view in views.values()}
+        same.append(views is first)
+    inner(worker)._refit_landing = None
+    return same
 
 
 def sessions(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:

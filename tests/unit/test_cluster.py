@@ -49,7 +49,7 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(ClusterConfig(gpus_per_node=4, start_deadline_s=60), Topology(2, 1, 2), "cpu") as running:
+    with Cluster(ClusterConfig(gpus_per_node=5, start_deadline_s=60), Topology(2, 1, 2), "cpu") as running:
         yield running
 
 
@@ -96,8 +96,18 @@ def test_a_dead_actor_ends_the_wait_of_all(cluster: Cluster, actors: list[Actor]
     assert time.monotonic() - started < 15
 
 
+def test_ranks_that_share_a_device(cluster: Cluster) -> None:
+    """In a cluster that is full but for one device. Multicast is off and GPUs are hidden, whatever is asked."""
+    with Cluster(ClusterConfig(start_deadline_s=60), Topology(1, 1, 1, shared=True), "cpu") as shared:
+        env = {"NCCL_NVLS_ENABLE": "1"}
+        pair = [shared.place(name, bundle, Worker, env, bundle) for bundle, name in enumerate(("trainer", "generator"))]
+        assert wait_all([(a, a.handle.answer.remote()) for a in pair], "answer", 60) == [0, 1]
+        said = [(a, a.handle.variable.remote(n)) for a in pair for n in ("NCCL_NVLS_ENABLE", "CUDA_VISIBLE_DEVICES")]
+        assert wait_all(said, "variable", 60) == ["0", ""] * 2
+
+
 def test_too_few_devices_are_refused(cluster: Cluster) -> None:
-    with pytest.raises(ClusterError, match="9 ranks need a CPU each but the cluster has 4"):
+    with pytest.raises(ClusterError, match="9 ranks need a CPU each but the cluster has 5"):
         Cluster(ClusterConfig(), Topology(8, 1, 1), "cpu").__enter__()
 
 

@@ -21,7 +21,7 @@ ARROWS = {
     "config": set(),
     "metrics": set(),
     "grpo": {"refit", "config"},
-    "preflight": {"config", "topology", "checkpoint", "grpo", "trainer", "generator"},
+    "preflight": {"config", "topology", "checkpoint", "grpo", "refit", "trainer", "generator"},
     "planview": {"refit", "trainer", "generator"},
     "cli": {"config", "generator", "planview", "preflight", "topology", "trainer"},
     "driver": {"actors", "cluster", "config", "grpo", "metrics", "preflight", "topology"},

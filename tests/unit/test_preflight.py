@@ -28,9 +28,23 @@ def violations(*overrides: str, kind: str = "") -> list[str]:
     return preflight.validate(load_config(CONFIGS / f"grpo_qwen3_{kind}tiny_cpu.yaml", overrides, {}))
 
 
-@pytest.mark.parametrize("kind", ["", "moe_"])
-def test_examples_pass(kind: str) -> None:
-    assert violations(kind=kind) == []
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_pass(path: Path) -> None:
+    assert preflight.validate(load_config(path, [], {})) == []
+
+
+def test_multicast_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVSHMEM_DISABLE_NVLS", "1")
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    (said,) = violations()
+    assert said.startswith("NCCL_NVLS_ENABLE=1:") and "set it to 0" in said
+
+
+def test_one_device_for_both_sides() -> None:
+    shared = ["policy.generation.colocated.enabled=true", "cluster.device=cuda"]
+    assert violations(*shared) == [] == violations(*shared, "policy.refit.transport=peer")
+    (said,) = violations(*shared, "policy.refit.transport=nccl")
+    assert "set policy.refit.transport=peer" in said
 
 
 @pytest.mark.parametrize(
@@ -44,9 +58,14 @@ def test_examples_pass(kind: str) -> None:
         (["policy.generation.vllm_cfg.precision=fp4"], "", ["fp4: unknown; choose float32 or bfloat16"]),
         (["policy.precision=half"], "", ["policy.precision=half: unknown"]),
         (
-            ["policy.generation.colocated.enabled=true"],
+            ["policy.generation.colocated.enabled=true", "policy.generation.vllm_cfg.tensor_parallel_size=2"],
             "",
-            ["policy.generation.colocated.enabled=true", "set it to false"],
+            ["policy.generation.colocated.enabled=true with", "set the size to 1"],
+        ),
+        (
+            ["policy.generation.colocated.enabled=true", "cluster.device=cuda", "policy.nccl_xfer_refit=false"],
+            "",
+            ["with transport 'broadcast': NCCL takes one rank a GPU"],
         ),
         (["policy.train_global_batch_size=100"], "", ["does not divide the 256 samples of a step"]),
         (["policy.train_micro_batch_size=100"], "", ["policy.train_micro_batch_size=100 does not divide the 256"]),
@@ -70,12 +89,12 @@ def test_all_violations_at_once() -> None:
         violations(
             f"{TP}=8",
             "policy.generation.vllm_cfg.precision=fp4",
-            "policy.generation.colocated.enabled=true",
+            "policy.generation.vllm_cfg.load_format=fast",
             "grpo.refit_every=-1",
             "policy.train_global_batch_size=100",
         )
     )
-    expected = ["more ranks than resources", "does not divide the 4 attention heads", "fp4", "colocated.enabled=true"]
+    expected = ["more ranks than resources", "does not divide the 4 attention heads", "fp4", "load_format=fast"]
     expected += ["grpo.refit_every=-1", "does not divide the 256 samples"]
     assert all(text in said for text in expected), said
 
