@@ -74,6 +74,7 @@ class Cluster:
         try:
             if self._owner:
                 self._start()
+            self._await_nodes()
             self._reserve()
         except BaseException:
             self.close()
@@ -99,6 +100,19 @@ class Cluster:
             if (address := self._config.address) is None:
                 raise ClusterError(f"Ray did not start: {error}") from error
             raise ClusterError(f"Ray was not reached at {address}: {error}; {_remedy(address)}") from error
+
+    def _await_nodes(self) -> None:
+        """Nodes of a cluster join one after the other: wait until as many as the run asks for are there."""
+        if self._config.address is None:
+            return
+        limit, asked = time.monotonic() + self._config.start_deadline_s, self._config.num_nodes
+        while (have := sum(node["Alive"] for node in ray.nodes())) < asked:
+            if time.monotonic() > limit:
+                raise ClusterError(
+                    f"cluster.num_nodes={asked}, but {have} joined the cluster at {self._config.address} within "
+                    f"{self._config.start_deadline_s:g} s; start Ray on the others, or lower cluster.num_nodes"
+                )
+            time.sleep(0.2)
 
     def _reserve(self) -> None:
         """All devices of the run, or none: one bundle per trainer rank, one per engine that has devices of its own."""

@@ -114,6 +114,19 @@ def test_too_few_devices_are_refused(cluster: Cluster) -> None:
 # ---- joining a cluster that runs
 
 
+def test_nodes_that_do_not_join_are_counted(cluster: Cluster) -> None:
+    config = ClusterConfig(address="auto", num_nodes=2, start_deadline_s=0.3)
+    with pytest.raises(ClusterError, match="cluster.num_nodes=2, but 1 joined the cluster at auto within 0.3 s"):
+        Cluster(config, Topology(1, 1, 1), "cpu").__enter__()
+
+
+def test_a_node_that_joins_late_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([1, 1, 2])
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * next(seen) + [{"Alive": False}])
+    Cluster(ClusterConfig(address="auto", num_nodes=2, start_deadline_s=5), Topology(1, 1, 1), "cpu")._await_nodes()
+    assert list(seen) == []
+
+
 def join(address: str) -> str:
     """What a driver is told that cannot join the cluster at `address`."""
     with pytest.raises(ClusterError) as caught:
