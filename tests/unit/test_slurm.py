@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.refit.device import MULTICAST_OFF
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "slurm" / "grpo.sbatch"
 SRUN = """#!/usr/bin/env bash
@@ -71,8 +73,7 @@ def test_every_process_has_the_token_and_no_multicast(tmp_path: Path) -> None:
     _, said = submitted(tmp_path, "my.yaml")
     tokens = {call["env"]["RAY_AUTH_TOKEN"] for call in said}
     assert len(said) == 3 and len(tokens) == 1 and len(tokens.pop()) == 64
-    off = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-    expected = PASSED | off | {"RAY_AUTH_MODE": "token"}
+    expected = PASSED | dict(MULTICAST_OFF) | {"RAY_AUTH_MODE": "token"}
     assert all(call["env"].items() >= expected.items() for call in said)
     assert not any(call["env"]["RAY_AUTH_TOKEN"] in " ".join(call["args"]) for call in said)
 
