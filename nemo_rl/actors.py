@@ -227,19 +227,21 @@ class Actors:
 
         An engine measures what a device has left, which nobody else must change meanwhile.
         """
-        deadline = self._config.cluster.start_deadline_s
-        count, env = self._topology.num_trainers, worker_env(self._generator_config, self._device)  # type: ignore[arg-type]
-        for replica in range(self._topology.num_replicas):
-            name = self._name("generator", replica, self._topology.first_rank(replica), self._topology.generator_size)
-            self.generators.append(
-                self._cluster.place(name, count + replica, GeneratorActor, env, self._generator_config)
-            )
-        ready = [(actor, actor.handle.ready.remote()) for actor in self.generators]
-        if self._topology.shared:
-            wait_all(ready, "start", deadline)
+        deadline, topology = self._config.cluster.start_deadline_s, self._topology
+        count, size = topology.num_trainers, topology.generator_size
         for rank in range(count):
             name = self._name("trainer", rank, rank, 1)
             self.trainers.append(self._cluster.place(name, rank, TrainerActor, trainer_env()))
+        env = worker_env(self._generator_config, self._device)  # type: ignore[arg-type]
+        for replica in range(topology.num_replicas):
+            name = self._name("generator", replica, topology.first_rank(replica), size)
+            sees = self._sees(self.trainers[replica * size : (replica + 1) * size]) if topology.shared else {}
+            self.generators.append(
+                self._cluster.place(name, count + replica, GeneratorActor, env | sees, self._generator_config)
+            )
+        ready = [(actor, actor.handle.ready.remote()) for actor in self.generators]
+        if topology.shared:
+            wait_all(ready, "start", deadline)
         leader = self.trainers[0]
         host, port = wait_all([(leader, leader.handle.address.remote())], "start", deadline)[0]
         calls = [
@@ -248,6 +250,14 @@ class Actors:
         ]
         files = wait_all([*calls, *ready], "start", deadline)[count:]
         self._shared_files = [path for replica in files for path in replica]
+
+    def _sees(self, trainers: Sequence[Actor]) -> dict[str, str]:
+        """Environment of an engine on the devices of `trainers`."""
+        if self._device == "cpu":
+            return {}
+        calls = [(actor, actor.handle.devices.remote()) for actor in trainers]
+        found = wait_all(calls, "start", self._config.cluster.start_deadline_s)
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpu for gpus in found for gpu in gpus)}
 
     @staticmethod
     def _name(role: str, index: int, first: int, size: int) -> str:

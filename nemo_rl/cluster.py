@@ -115,9 +115,9 @@ class Cluster:
             time.sleep(0.2)
 
     def _reserve(self) -> None:
-        """All devices of the run, or none: one bundle per trainer rank, one per engine that has devices of its own."""
-        own = 0 if self._topology.shared else self._topology.num_replicas
-        sizes = [1] * self._topology.num_trainers + [self._topology.generator_size] * own
+        """All devices of the run, or none: one bundle per trainer rank and one per engine, or one for both."""
+        own = 0 if self._topology.shared else self._topology.num_trainers
+        sizes = [1] * own + [self._topology.generator_size] * self._topology.num_replicas
         have, need = ray.cluster_resources().get(self._resource, 0), sum(sizes)
         if have < need:
             raise ClusterError(
@@ -135,14 +135,14 @@ class Cluster:
     def place(
         self, name: str, bundle: int, actor_class: type, env: Mapping[str, str], *args: Any, **kwargs: Any
     ) -> Actor:
-        """Make an actor of a plain class on devices `bundle`: a trainer's rank, or number of trainers + replica."""
-        count = self._topology.num_trainers
-        size: float = 1 if bundle < count else self._topology.generator_size
-        if self._topology.shared:
-            bundle, size = bundle % count, 0.5
+        """Make an actor of a plain class on devices `bundle`: a trainer's rank, or number of trainers + replica.
+
+        Where devices are shared, Ray gives them to trainers, and `env` says to an engine which ones it sees.
+        """
+        bundle, cpus, gpus = self._share(bundle)
         remote = ray.remote(actor_class).options(
-            num_cpus=size,
-            num_gpus=size if self._resource == "GPU" else 0,
+            num_cpus=cpus,
+            num_gpus=gpus if self._resource == "GPU" else 0,
             runtime_env={"env_vars": {**env, **MULTICAST_OFF, **self._hidden}},
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
             max_restarts=0,
@@ -151,6 +151,14 @@ class Cluster:
         actor = Actor(name, remote.remote(*args, **kwargs))
         self._actors.append(actor)
         return actor
+
+    def _share(self, bundle: int) -> tuple[int, float, int]:
+        """(bundle of the placement group, CPUs, GPUs) of the actor on devices `bundle`."""
+        count, size = self._topology.num_trainers, self._topology.generator_size
+        devices = 1 if bundle < count else size
+        if not self._topology.shared:
+            return bundle, devices, devices
+        return (bundle // size, 0.5, 1) if bundle < count else (bundle - count, 0.5 * size, 0)
 
     def close(self) -> None:
         """Kill the actors, give the devices back, and stop Ray where this object started it. Idempotent."""

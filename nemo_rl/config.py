@@ -80,6 +80,8 @@ class InferenceResources:
 
 @dataclass(frozen=True, slots=True)
 class ColocatedConfig:
+    """`enabled`: each device holds a trainer rank and a generator rank, both with their memory all the time."""
+
     enabled: bool = False
     resources: InferenceResources = field(default_factory=InferenceResources)
 

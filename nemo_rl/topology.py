@@ -18,7 +18,7 @@ class Topology:
         num_trainers: Megatron ranks.
         num_replicas: vLLM engines.
         generator_size: tensor-parallel ranks of each engine.
-        shared: device i holds trainer rank i and generator i; else each rank has a device of its own.
+        shared: device i holds trainer rank i and generator rank i; else each rank has a device of its own.
     """
 
     num_trainers: int
@@ -67,12 +67,7 @@ def topology_of(config: Config) -> tuple[Topology, list[str]]:
         generators = trainers = total
     devices = f"cluster.gpus_per_node={cluster.gpus_per_node} x cluster.num_nodes={cluster.num_nodes} = {total} devices"
     key = "policy.generation.colocated.resources.gpus_per_node"
-    if shared and size > 1:
-        problems.append(
-            f"policy.generation.colocated.enabled=true with policy.generation.vllm_cfg.tensor_parallel_size={size}: an "
-            f"actor has a part of one device or several whole ones; set the size to 1, or colocated.enabled=false"
-        )
-    elif generators < size or trainers < smallest:
+    if generators < size or trainers < smallest:
         problems.append(
             f"more ranks than resources: trainers need {smallest} (TP x PP = {dense}, EP x ETP x PP = {sparse}), one "
             f"generator needs {size}, and there are {devices}, {max(generators, 0)} of them for generators; raise "

@@ -41,6 +41,10 @@ class TrainerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
+    def devices(self) -> list[str]:
+        """The GPUs that Ray gave to this actor, as `CUDA_VISIBLE_DEVICES` names them on this node."""
+        return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
     def setup(self, config: TrainerConfig, rank: int, init_method: str) -> None:
         """Build the model and read its weights. Raises as `MegatronPolicy` does."""
         self._policy = MegatronPolicy(config, rank, init_method)

@@ -106,6 +106,19 @@ def test_ranks_that_share_a_device(cluster: Cluster) -> None:
         assert wait_all(said, "variable", 60) == ["0", ""] * 2
 
 
+@pytest.mark.parametrize(
+    ("topology", "shares"),
+    [
+        (Topology(2, 1, 2), [(0, 1, 1), (1, 1, 1), (2, 2, 2)]),
+        (Topology(4, 2, 2, shared=True), [(0, 0.5, 1), (0, 0.5, 1), (1, 0.5, 1), (1, 0.5, 1), (0, 1, 0), (1, 1, 0)]),
+    ],
+)
+def test_shares_of_devices(topology: Topology, shares: list[tuple[int, float, int]]) -> None:
+    """No device is given twice, and an engine stands where its trainers do."""
+    cluster = Cluster(ClusterConfig(), topology, "cuda")
+    assert [cluster._share(i) for i in range(topology.num_trainers + topology.num_replicas)] == shares
+
+
 def test_too_few_devices_are_refused(cluster: Cluster) -> None:
     with pytest.raises(ClusterError, match="9 ranks need a CPU each but the cluster has 5"):
         Cluster(ClusterConfig(), Topology(8, 1, 1), "cpu").__enter__()

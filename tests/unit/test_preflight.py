@@ -58,11 +58,6 @@ def test_one_device_for_both_sides() -> None:
         (["policy.generation.vllm_cfg.precision=fp4"], "", ["fp4: unknown; choose float32 or bfloat16"]),
         (["policy.precision=half"], "", ["policy.precision=half: unknown"]),
         (
-            ["policy.generation.colocated.enabled=true", "policy.generation.vllm_cfg.tensor_parallel_size=2"],
-            "",
-            ["policy.generation.colocated.enabled=true with", "set the size to 1"],
-        ),
-        (
             ["policy.generation.colocated.enabled=true", "cluster.device=cuda", "policy.nccl_xfer_refit=false"],
             "",
             ["with transport 'broadcast': NCCL takes one rank a GPU"],

@@ -43,6 +43,7 @@ def configured(tmp_path: Path, *overrides: str) -> Config:
         (["N=8", "cluster.num_nodes=2", "G=8", "GN=1", "TP=4"], Topology(8, 8, 1)),
         (["N=1", "SHARED=true"], Topology(1, 1, 1, shared=True)),
         (["N=4", "TP=2", "G=2", "SHARED=true"], Topology(4, 4, 1, shared=True)),
+        (["N=4", "GTP=2", "SHARED=true"], Topology(4, 2, 2, shared=True)),
     ],
 )
 def test_ranks(tmp_path: Path, overrides: list[str], want: Topology) -> None:
@@ -58,10 +59,8 @@ def test_ranks(tmp_path: Path, overrides: list[str], want: Topology) -> None:
         (["N=5", "TP=2", "G=2"], "3 trainer ranks are not a multiple of TP x PP = 2"),
         (["N=8", "EP=4", "G=2"], "6 trainer ranks are not a multiple of EP x ETP x PP = 4"),
         (["N=5", "TP=2", "G=3", "GTP=2"], "3 generator devices are not a multiple"),
-        (
-            ["N=4", "GTP=2", "SHARED=true"],
-            "colocated.enabled=true with policy.generation.vllm_cfg.tensor_parallel_size=2",
-        ),
+        (["N=3", "GTP=2", "SHARED=true"], "3 generator devices are not a multiple"),
+        (["N=2", "GTP=4", "SHARED=true"], "more ranks than resources"),
         (["N=5", "TP=2", "SHARED=true"], "5 trainer ranks are not a multiple of TP x PP = 2"),
         (["TP=0"], "policy.megatron_cfg.tensor_model_parallel_size=0: at least 1 is needed"),
     ],
