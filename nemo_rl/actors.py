@@ -84,6 +84,8 @@ def refit_options(config: Config) -> RefitOptions:
         deadline_s=refit.deadline_s,
         verify=refit.verify,
         verify_against_checkpoint=refit.verify_against_checkpoint,
+        measure_links=refit.measure_links,
+        cache_dir=refit.cache_dir,
     )
 
 
@@ -196,6 +198,7 @@ def summarize_reports(reports: Sequence[RefitReport], num_trainers: int, seconds
         misc_bytes=sum(r.misc_bytes for r in received),
         staging_bytes=max(r.staging_bytes for r in reports),
         phase_s={name: max(r.phase_s.get(name, 0.0) for r in reports) for name in phases},
+        predicted_s=first.predicted_s,
     )
 
 

@@ -121,7 +121,9 @@ class GenerationConfig:
 class RefitConfig:
     """Knobs of the session. `transport` is auto, peer, gloo or golden; the conventional refit is `broadcast`, which
     `policy.nccl_xfer_refit=false` selects. `verify_against_checkpoint` compares what trainers hold before their first
-    step with the files of `model_name`, and what generators loaded from them with what the first refit brings."""
+    step with the files of `model_name`, and what generators loaded from them with what the first refit brings.
+    `measure_links` is auto (where `transport=auto` has a choice and `cache_dir` holds no measurement of these hosts),
+    always or never; `cache_dir` is on the host of the first trainer, empty for none."""
 
     transport: str = "auto"
     bucket_bytes: int = 16 << 20
@@ -129,6 +131,8 @@ class RefitConfig:
     deadline_s: float = 120.0
     verify: bool = True
     verify_against_checkpoint: bool = False
+    measure_links: str = "auto"
+    cache_dir: str = "~/.cache/nemo_rl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +265,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "NRL_REFIT_NUM_STREAMS": "policy.refit.num_streams",
     "NRL_REFIT_DEADLINE_S": "policy.refit.deadline_s",
     "NRL_REFIT_VERIFY": "policy.refit.verify",
+    "NRL_REFIT_MEASURE_LINKS": "policy.refit.measure_links",
+    "NRL_REFIT_CACHE_DIR": "policy.refit.cache_dir",
     "NRL_RAY_ADDRESS": "cluster.address",
     "NRL_LOG_DIR": "logger.log_dir",
 }

@@ -23,6 +23,7 @@ from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read
 
 PRECISIONS = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "peer", "nccl", "gloo", "golden")
+MEASURE_LINKS = ("auto", "always", "never")
 START_MODEL = "start_model"
 
 
@@ -112,6 +113,7 @@ def _choices(config: Config) -> Iterator[str]:
         "policy.generation.vllm_cfg.load_format": (generation.vllm_cfg.load_format, ("auto", "dummy")),
         "policy.generation.backend": (generation.backend, ("vllm",)),
         "policy.refit.transport": (config.policy.refit.transport, TRANSPORTS),
+        "policy.refit.measure_links": (config.policy.refit.measure_links, MEASURE_LINKS),
         "cluster.device": (config.cluster.device, ("auto", "cpu", "cuda")),
         "data.task": (config.data.task, TASKS),
         "start_model.kind": (config.start_model.kind, KINDS),

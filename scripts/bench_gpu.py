@@ -9,8 +9,9 @@ generators make themselves.
     python scripts/bench_gpu.py --device cpu --layers 1 --small --variants peer,gloo
 
 Variants: `links` (what the links give to contiguous and to strided copies: the ceilings), and any transport of a
-session, with ` no verify` behind it for one without digests. Columns: seconds of the slowest rank, median [min, max]
-over the repeats without the first; `transfer` is the phase in which bulk bytes move.
+session, with ` no verify` behind it for one without digests. `auto` measures the links once, and variants after it have
+predictions. Columns: seconds of the slowest rank, median [min, max] over the repeats without the first; `transfer` is
+the phase in which bulk bytes move.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--small", action="store_true", help="tiny tensors, for a try")
     p.add_argument("--in-one-buffer", action="store_true", help="a trainer's experts of a layer, not a tensor each")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    p.add_argument("--variants", default="links,peer no verify,peer,nccl no verify,broadcast no verify")
+    p.add_argument("--variants", default="links,auto no verify,peer no verify,peer,nccl no verify,broadcast no verify")
     p.add_argument("--repeat", type=int, default=6)
     p.add_argument("--bucket-mb", type=int, default=64)
     p.add_argument("--deadline", type=float, default=60, help="seconds of any phase")
@@ -154,7 +155,8 @@ class Rank:
         """A new session, refits of alternating weights, and one row."""
         name, verify = variant.removesuffix(NO_VERIFY), not variant.endswith(NO_VERIFY)
         store = dist.PrefixStore(f"session/{variant}/{self.version}", self.store)
-        options = RefitOptions(name, self.options.bucket_mb << 20, 2, self.options.deadline, verify)
+        bucket, deadline = self.options.bucket_mb << 20, self.options.deadline
+        options = RefitOptions(name, bucket, 2, deadline, verify, measure_links="auto", cache_dir=self.options.out)
         session = RefitSession(self.rank, self.world, store, options, source, landing, device=self.device)
         reports: list[RefitReport] = []
         wrong = 0
@@ -185,6 +187,8 @@ class Rank:
             "seconds": [r.total_s for r in reports[1:]],
             "phases": phases,
             "wrong": wrong,
+            "transport": reports[-1].transport,
+            "predictions": dict(reports[-1].predictions),
             "bytes": reports[-1].bulk_bytes + reports[-1].misc_bytes,
             "staging": max(r.staging_bytes for r in reports),
             "verified": all(r.verified for r in reports),
@@ -206,6 +210,9 @@ class Rank:
             "seconds_max": max(slowest),
             "transfer_median": statistics.median(transfer),
             "transfer_min": min(transfer),
+            "transport": mine["transport"],
+            "predicted_s": reports[-1].predicted_s,
+            "predictions": mine["predictions"],
             "bytes_into_each": each,
             "gb_per_s": each / statistics.median(slowest) / 1e9,
             "transfer_gb_per_s": each / statistics.median(transfer) / 1e9,

@@ -48,6 +48,7 @@ class RefitSummary:
         seconds: of the slowest rank, pausing and resuming engines included.
         bulk_bytes, misc_bytes: received by all generators over the wire.
         phase_s: of the slowest rank of each phase.
+        predicted_s: that the cost model gave the transport, engines' own work left out; None without measured links.
     """
 
     version: int
@@ -58,6 +59,7 @@ class RefitSummary:
     misc_bytes: int
     staging_bytes: int
     phase_s: Mapping[str, float]
+    predicted_s: float | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -216,6 +218,7 @@ def _refit_metrics(summary: RefitSummary | None) -> Metrics:
         "refit_transport": summary.transport,
         "refit_verified": summary.verified,
         "refit_staging_bytes": summary.staging_bytes,
+        "refit_predicted_s": summary.predicted_s,
         **{f"refit_{phase}_s": seconds for phase, seconds in summary.phase_s.items()},
     }
 

@@ -116,6 +116,9 @@ class Landing(Protocol):
         """Keep refusing to generate, with `reason`."""
 
 
+MEASURE_LINKS = ("auto", "always", "never")
+
+
 @dataclass(frozen=True, slots=True)
 class RefitOptions:
     """Knobs of a session.
@@ -129,6 +132,9 @@ class RefitOptions:
         verify: compare digests after every refit.
         verify_against_checkpoint: before the first step, trainers compare what they hold with the checkpoint, and
             version 0 must leave generators as they loaded it.
+        measure_links: when ranks measure their links: `auto` where `transport=auto` has a choice and no measurement
+            is cached, `always` at connect, or `never`, which takes the first transport that all ranks support.
+        cache_dir: folder of measurements on the host of rank 0; empty for none.
     """
 
     transport: str = "auto"
@@ -137,8 +143,12 @@ class RefitOptions:
     deadline_s: float = 120.0
     verify: bool = True
     verify_against_checkpoint: bool = False
+    measure_links: str = "never"
+    cache_dir: str = ""
 
     def __post_init__(self) -> None:
+        if self.measure_links not in MEASURE_LINKS:
+            raise ValueError(f"measure_links='{self.measure_links}' is not one of {', '.join(MEASURE_LINKS)}")
         if self.bucket_bytes < 1024 or self.num_streams < 1 or self.deadline_s <= 0:
             raise ValueError(f"bucket_bytes >= 1024, num_streams >= 1 and deadline_s > 0 are needed, got {self}")
 
@@ -149,6 +159,8 @@ class RefitReport:
 
     `staging_bytes` are message and broadcast buffers; `extra_rss_bytes` is how far the process's resident memory rose
     above its start during the refit, the engine's own staging included (None where the kernel does not tell).
+    `predictions` are the seconds that the cost model gave each transport that could be taken, without what engines do
+    with landed bytes; empty where links were not measured.
     """
 
     version: int
@@ -161,6 +173,12 @@ class RefitReport:
     staging_bytes: int
     extra_rss_bytes: int | None = None
     required_bytes: int = 0
+    predictions: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Of the transport that ran; None where links were not measured."""
+        return self.predictions.get(self.transport)
 
     @property
     def gb_per_s(self) -> float:

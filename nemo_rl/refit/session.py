@@ -15,6 +15,7 @@ import torch
 from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
+from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.digest import Ledger
@@ -26,8 +27,17 @@ from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.transports.base import Channel
-from nemo_rl.refit.transports.mover import Mover, Setting, Transport
-from nemo_rl.refit.transports.registry import NAMES, choose, open_channel, own_fact
+from nemo_rl.refit.transports.links import learn
+from nemo_rl.refit.transports.mover import Facts, Mover, Setting, Transport
+from nemo_rl.refit.transports.registry import (
+    NAMES,
+    Choice,
+    candidates,
+    choose,
+    open_channel,
+    own_fact,
+    share_facts,
+)
 from nemo_rl.refit.verify import Verifier
 
 log = logging.getLogger(__name__)
@@ -40,8 +50,10 @@ class _Link:
     """What connect() makes."""
 
     control: Control
-    transport: Transport
+    facts: Facts
+    candidates: tuple[Transport, ...]
     channel: Channel
+    links: Links | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,7 @@ class _Agreed:
     verifier: Verifier | None
     arrivals: Arrivals | None
     pipeline: Pipeline
+    choice: Choice
     mover: Mover
 
 
@@ -110,7 +123,7 @@ class RefitSession:
     # ---- declare, plan, agree
 
     def connect(self) -> None:
-        """Reach the store and every peer, and choose the transport.
+        """Reach the store and every peer, find the transports that all ranks support, and learn what links give.
 
         Raises:
             TransferError: a rank did not answer, or does not support the transport; its name and the reason.
@@ -119,9 +132,11 @@ class RefitSession:
             deadline = self.options.deadline_s
             control = self._control = Control(self.rank, self.world, self._address, deadline)
             given = self._given_channel
-            transport = choose(control, self.options.transport, own_fact(self._device, given is not None))
+            facts = share_facts(control, own_fact(self._device, given is not None))
+            found = candidates(control, self.options, facts)
+            links = None if given else learn(control, found, facts, self.options, self._device)
             channel = given or open_channel(self._device, control.store, self.rank, self.world.size, deadline)
-            self._link_or_none = _Link(control, transport, channel)
+            self._link_or_none = _Link(control, facts, found, channel, links)
 
     def plan(self, problems: Sequence[str] = ()) -> RefitPlan:
         """Declare this rank's layout, join all layouts, prove the plan and agree on it.
@@ -142,17 +157,20 @@ class RefitSession:
             if self.rank == self.world.trainers[0]:
                 log.info("%s", plan.describe())
         with self._guarded("agree"):
-            agree(self._link.control, statement(plan, self._link.transport.name, self.options))
             link = self._link
-            pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
             landings = {rank: declaration.layout for rank, declaration in declarations.items()}
-            mover = link.transport.mover(
-                Setting(plan, self.rank, self._device, link.control, pipeline, said.sources, landings)
-            )
+            demand = Demand(plan, said.sources, landings)
+            choice = choose(link.control, link.candidates, link.links, link.facts, self.options, demand)
+            agree(link.control, statement(plan, choice.transport.name, self.options))
+            pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
+            setting = Setting(plan, self.rank, self._device, link.control, pipeline, said.sources, landings)
+            mover = choice.transport.mover(setting)
             verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
             own = declarations.get(self.rank)
             arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)
-            self._agreed_or_none = _Agreed(plan, said.sources, declarations, verifier, arrivals, pipeline, mover)
+            self._agreed_or_none = _Agreed(
+                plan, said.sources, declarations, verifier, arrivals, pipeline, choice, mover
+            )
         return plan
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
@@ -183,7 +201,7 @@ class RefitSession:
                 declarations,
                 said.table,
                 bucket_bytes=self.options.bucket_bytes,
-                all_misc=self._link.transport.all_misc,
+                all_misc=self._link.candidates[0].all_misc,
                 unused=said.unused,
             )
         except Refusal as error:
@@ -232,9 +250,9 @@ class RefitSession:
                 self._agreed.verifier.check(self._link.control, self._holdings, held, bulk_ledger, whole)
         with self._guarded("commit"):
             self._commit(version)
-        return RefitReport(
+        report = RefitReport(
             version=version,
-            transport=self._link.transport.name,
+            transport=self._agreed.choice.transport.name,
             verified=self.options.verify,
             total_s=time.monotonic() - started,
             phase_s=dict(self._phase_s),
@@ -243,7 +261,12 @@ class RefitSession:
             staging_bytes=self._agreed.pipeline.staging_bytes + bulk.staging_bytes + packed.staging_bytes,
             extra_rss_bytes=memory.extra_bytes,
             required_bytes=self._agreed.plan.required_bytes,
+            predictions=self._agreed.choice.predictions,
         )
+        if self.rank == 0 and report.predicted_s is not None:
+            seconds = report.total_s, report.predicted_s
+            log.info("refit %d by '%s' took %.4f s, predicted %.4f s", version, report.transport, *seconds)
+        return report
 
     def close(self) -> None:
         """Give up connections; idempotent."""

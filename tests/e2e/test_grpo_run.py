@@ -71,7 +71,7 @@ FRESH, STALE = 1e-6, 1e-4
 
 def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
     """Samples are the trainers' after every refit and, as the control, never where a refit is left out."""
-    rows, printed = run(DENSE, models, tmp_path, 4, "grpo.refit_every=2")
+    rows, printed = run(DENSE, models, tmp_path, 4, "grpo.refit_every=2", "policy.refit.measure_links=never")
     assert [r["weight_version"] for r in rows] == [0, 2, 2, 4]
     assert [r["gen_kl_error"] < FRESH for r in rows] == [True, False, True, False]
     assert all(r["gen_kl_error"] > STALE and r["refit_verified"] for r in rows[1::2])
@@ -86,8 +86,13 @@ def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
 
 
 def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
-    rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true")
-    assert_proven(rows, "peer")
+    cache = f"policy.refit.cache_dir={tmp_path}/cache"
+    rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true", cache)
+    chosen = rows[0]["refit_transport"]
+    assert chosen in ("peer", "gloo"), "what was measured to be faster"
+    assert_proven(rows, chosen)
+    assert all(r["refit_predicted_s"] > 0 for r in rows)
+    assert [p.name.startswith("links-") for p in (tmp_path / "cache").iterdir()] == [True]
 
 
 @pytest.mark.slow

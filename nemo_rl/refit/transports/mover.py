@@ -25,12 +25,18 @@ class Fact:
         device: kind of device that its tensors are on, `cpu` or `cuda`.
         given: the session was handed an open channel, so that ranks may be threads of one process.
         beacon: where other processes of the host find a piece of its memory; empty where it has none to show.
+        name: of the host.
+        hardware: its device and the software that moves bytes, in words; measurements of links go with them.
+        free_bytes: memory of its device that nobody has taken; None where the system does not tell.
     """
 
     host: str
     device: str
     given: bool
     beacon: str = ""
+    name: str = ""
+    hardware: str = ""
+    free_bytes: int | None = None
 
 
 Facts = Mapping[int, Fact]
@@ -90,9 +96,11 @@ class Transport:
         unsupported: (rank, world, facts) -> why this rank cannot take part, None where it can.
         mover: makes the mover of one rank, once its plan is agreed on.
         all_misc: why every tensor travels whole; None where the plan decides.
+        one_sided: receivers read from where trainers hold, without message buffers.
     """
 
     name: str
     unsupported: Callable[[int, World, Facts], str | None]
     mover: Callable[[Setting], Mover]
     all_misc: str | None = None
+    one_sided: bool = False

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from nemo_rl.refit.base import World
+from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.control import Control
+from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
+from nemo_rl.refit.relay import relay_of
 from nemo_rl.refit.transports import peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
+from nemo_rl.refit.transports.hardware import hardware_of
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 
@@ -52,7 +57,7 @@ TRANSPORTS: Mapping[str, Transport] = {
     transport.name: transport
     for transport in (
         Transport("gloo", _gloo_unsupported, _messages),
-        Transport("peer", peer.unsupported, peer.Peer),
+        Transport("peer", peer.unsupported, peer.Peer, one_sided=True),
         Transport("nccl", _nccl_unsupported, _messages),
         Transport("golden", _any_one_device, Golden),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),
@@ -60,7 +65,8 @@ TRANSPORTS: Mapping[str, Transport] = {
 }
 
 AUTO = ("peer", "nccl", "gloo")
-"""What `auto` takes: the first of these that every rank supports; where a channel was given, what passes messages."""
+"""What `auto` takes of those that every rank supports: what is predicted to be fastest, or the first where links were
+not measured; where a channel was given, what passes messages."""
 
 NAMES = ("auto", *TRANSPORTS)
 
@@ -68,33 +74,90 @@ NAMES = ("auto", *TRANSPORTS)
 def own_fact(device: torch.device, given: bool) -> Fact:
     """This rank's part of the facts."""
     host = _BOOT.read_text().strip() if _BOOT.exists() else ""
-    return Fact(host, device.type, given, peer.memory_of(device).beacon())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    memory = peer.memory_of(device)
+    return Fact(host, device.type, given, memory.beacon(), platform.node(), hardware_of(device), free)
 
 
-def choose(control: Control, asked: str, fact: Fact) -> Transport:
-    """The transport that `asked` names, or the first of `AUTO` that all ranks support; every rank calls it.
+def share_facts(control: Control, fact: Fact) -> Facts:
+    """What all ranks say; every rank calls it."""
+    return {r: Fact(**json.loads(b)) for r, b in control.gather("connect", json.dumps(asdict(fact)).encode()).items()}
+
+
+def candidates(control: Control, options: RefitOptions, facts: Facts) -> tuple[Transport, ...]:
+    """The transport that the options name, or all of `AUTO` that all ranks support; every rank calls it.
 
     Raises:
         TransferError: a rank does not support what was asked for; the reason and the rank.
     """
-    facts = {r: Fact(**json.loads(b)) for r, b in control.gather("connect", json.dumps(asdict(fact)).encode()).items()}
     mine = {t.name: t.unsupported(control.rank, control.world, facts) for t in TRANSPORTS.values()}
     said = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
     reasons = {
         name: next((f"{control.world.describe(r)}: {text[name]}" for r, text in said.items() if text[name]), None)
         for name in TRANSPORTS
     }
-    auto = [name for name in AUTO if name != "peer" or not fact.given]
+    asked = options.transport
+    auto = [name for name in AUTO if name != "peer" or not facts[control.rank].given]
     wanted = auto if asked == "auto" else [asked]
-    found = next((name for name in wanted if reasons[name] is None), None)
+    found = [name for name in wanted if reasons[name] is None]
     refused = "; ".join(f"transport '{name}' is not possible ({reasons[name]})" for name in wanted if reasons[name])
-    if found is None:
+    if not found:
         raise TransferError(
             refused, rank=control.rank, phase="connect", remedy="choose another transport, or 'auto' for one that fits"
         )
+    if control.rank == 0 and refused:
+        log.info("%s", refused)
+    return tuple(TRANSPORTS[name] for name in found)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The transport of a session, and seconds of a refit that were predicted for each that could be taken."""
+
+    transport: Transport
+    predictions: Mapping[str, float]
+
+
+def choose(
+    control: Control,
+    found: Sequence[Transport],
+    links: Links | None,
+    facts: Facts,
+    options: RefitOptions,
+    demand: Demand,
+) -> Choice:
+    """The fastest of `found` for a plan, as rank 0 predicts; every rank calls it."""
+    if links is None:
+        return Choice(found[0], {})
+    told = b""
     if control.rank == 0:
-        log.info("transport '%s'%s", found, f"; {refused}" if refused else "")
-    return TRANSPORTS[found]
+        device = facts[0].device
+        givers = {t.name: _givers(t, demand, device) for t in found}
+        told = json.dumps(demand.predictions(links, givers, device, options.verify)).encode()
+    predictions: dict[str, float] = json.loads(control.gather("agree", told)[0])
+    fitting = [t for t in found if _room(t, facts, options) is None] or found
+    best = min(fitting, key=lambda t: predictions[t.name])  # the first of equals
+    if control.rank == 0:
+        wanting = [text for t in found if (text := _room(t, facts, options))]
+        said = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in predictions.items())
+        log.info("transport '%s'; predicted: %s", best.name, "; ".join([said, *wanting]))
+    return Choice(best, predictions)
+
+
+def _givers(transport: Transport, demand: Demand, device: str) -> np.ndarray | None:
+    """Where replicas of generators forward to each other."""
+    if not transport.one_sided:
+        return None
+    return relay_of(demand.plan, demand.landings, peer.memory_of(torch.device(device)).step_bytes).giver
+
+
+def _room(transport: Transport, facts: Facts, options: RefitOptions) -> str | None:
+    """Why message buffers do not fit into some rank's memory; None where they do or nobody can tell."""
+    need = 0 if transport.one_sided else 2 * options.num_streams * options.bucket_bytes
+    short = next((r for r, fact in facts.items() if fact.free_bytes is not None and fact.free_bytes < need), None)
+    if short is None:
+        return None
+    return f"{transport.name} needs {need} bytes of message buffers, rank {short} has {facts[short].free_bytes} left"
 
 
 def open_channel(device: torch.device, store: dist.Store, rank: int, size: int, deadline_s: float) -> Channel:

@@ -13,6 +13,11 @@ def test_options_that_cannot_be(wrong):
         RefitOptions(**wrong)
 
 
+def test_links_are_measured_when_asked_in_a_known_word():
+    with pytest.raises(ValueError, match="measure_links='often' is not one of auto, always, never"):
+        RefitOptions(measure_links="often")
+
+
 @pytest.mark.parametrize(
     ("trainers", "generators"),
     [((), (0,)), ((0,), ()), ((0, 0), (1,)), ((0,), (1, 1)), ((0,), (2,)), ((1,), (2,))],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing as mp
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_rl.refit.base import RefitOptions, World
+from nemo_rl.refit.cost import Links
 from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
@@ -55,7 +57,7 @@ def kills_trainer_1(session, inner):
     return open_unit
 
 
-def rank_main(rank, port, transport, versions, die, queue):
+def rank_main(rank, port, transport, versions, die, queue, known):
     torch.set_num_threads(1)
     source = landing = None
     if rank in WORLD.trainers:
@@ -63,7 +65,7 @@ def rank_main(rank, port, transport, versions, die, queue):
     else:
         rows = [(f, shard(m, rank - 2, len(m.shape) - 1)) for f, m in TABLE.items()]
         landing = PlainLanding(rows, [i // 2 if i % 3 else -1 for i in range(len(rows))])
-    options = RefitOptions(transport=transport, bucket_bytes=1024, deadline_s=20)
+    options = RefitOptions(transport=transport, bucket_bytes=1024, deadline_s=20, **known)
     session = RefitSession(rank, WORLD, ("127.0.0.1", port), options, source, landing)
     try:
         session.connect()
@@ -87,18 +89,21 @@ def rank_main(rank, port, transport, versions, die, queue):
                         held[f][region.slices_in(Region.whole(TABLE[f].shape))] if transport == "broadcast" else held[f]
                     )
                     assert same_bytes(got, part), f
-        queue.put((rank, report.verified, landing.version if landing else None))
+        said = (report.verified,) if not known else (report.transport, dict(report.predictions))
+        queue.put((rank, *said, landing.version if landing else None))
     except RefitError as error:
         queue.put((rank, str(error), (landing.version, landing.rejected) if landing else None))
     session.close()
 
 
-def run(transport, versions, die=""):
+def run(transport, versions, die="", known=None):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
     context = mp.get_context("spawn")
     queue = context.Queue()
     ranks = [
-        context.Process(target=rank_main, args=(r, store.port, transport, versions, die, queue), daemon=True)
+        context.Process(
+            target=rank_main, args=(r, store.port, transport, versions, die, queue, known or {}), daemon=True
+        )
         for r in range(WORLD.size)
     ]
     for p in ranks:
@@ -132,3 +137,21 @@ def test_a_killed_trainer_is_named_and_nothing_is_committed(transport, die):
     for r in (2, 3):
         version, rejected = out[r][1]
         assert version == 0 and rejected, "version 1 is not committed and the generator refuses to serve"
+
+
+def test_links_are_measured_once_and_the_fastest_transport_is_taken(tmp_path):
+    """What this machine's links give decides; all ranks take the same, also one that finds the measurement."""
+    chosen = []
+    for _ in range(2):
+        out = run("auto", (0, 1), known={"measure_links": "auto", "cache_dir": str(tmp_path)})
+        (said,) = {(transport, tuple(sorted(told.items()))) for transport, told, _ in out.values()}
+        assert [out[r][2] for r in range(4)] == [None, None, 1, 1]
+        told = dict(said[1])
+        assert set(told) == {"peer", "gloo"} and said[0] == min(told, key=told.get)
+        chosen.append(said)
+    assert chosen[0] == chosen[1], "the cache holds what was measured"
+    (path,) = tmp_path.iterdir()
+    links = Links.from_json(json.loads(path.read_text())["links"])
+    for rates in links.rates.values():
+        assert 1e6 < rates.short_bytes_per_s <= rates.run_bytes_per_s < 1e12 and 0 < rates.start_s < 10
+    assert links.rates["gloo"].message_s >= 0 == links.rates["peer"].message_s

@@ -1,0 +1,336 @@
+"""What links give, measured at start: refits of made-up tensors through each transport's own mover, and their cache.
+
+Trainers and generators are paired, all pairs move at once, and a probe takes what its slowest rank takes. Rates are
+those with which `cost.Load` says of the probes what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.control import Control
+from nemo_rl.refit.cost import Demand, Links, Load, Rates
+from nemo_rl.refit.device import finish
+from nemo_rl.refit.digest import Ledger, Piece, Pieces
+from nemo_rl.refit.layout import Holding, Layout, SourceViews, TensorMeta, TensorTable
+from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker
+from nemo_rl.refit.plan import RefitPlan
+from nemo_rl.refit.planner import plan_refit
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import Channel
+from nemo_rl.refit.transports.mover import Facts, Setting, Transport
+from nemo_rl.refit.transports.registry import open_channel
+
+log = logging.getLogger(__name__)
+
+_MOST_PAIRS = 8  # that are measured in a large world
+_REPEAT = 3  # timed runs of a probe, after one that is not timed
+_TINY = 1e-9  # seconds; what a difference of two measurements is at least
+_DTYPE = torch.bfloat16
+_UNIT = Rates(0.0, 0.0, 0.0, 1.0, 1.0, one_sided=True, overlaps=False)  # spans in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one pair moves: `count` boxes of `rows` runs of `run_bytes`, of which every `step`-th is taken."""
+
+    count: int
+    rows: int
+    run_bytes: int
+    step: int
+    bucket_bytes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.count * self.rows, self.step, self.run_bytes // _DTYPE.itemsize
+
+    def boxes(self, step: int) -> list[Region]:
+        """The boxes at one end, `step` runs wide."""
+        sizes = self.rows, step, self.shape[2]
+        return [Region((i * self.rows, 0, 0), sizes) for i in range(self.count)]
+
+
+def probes_of(kind: str, bucket_bytes: int) -> dict[str, Probe]:
+    """What is moved on devices of `kind`: in a few messages, or in many of next to nothing."""
+    scale, count, small = (16, 256, 2048) if kind == "cuda" else (1, 64, 2048)
+    long, short = (min(scale * size, count * bucket_bytes) for size in (16 << 20, 4 << 20))
+    return {
+        "start": Probe(1, 1, small, 1, bucket_bytes),
+        "run": Probe(1, max(long // small, 1), small, 1, bucket_bytes),
+        "short": Probe(1, short // 1536, 1536, 2, bucket_bytes),
+        "copies": Probe(count, 1, small, 1, bucket_bytes),
+        "messages": Probe(count, 1, small, 1, small),
+    }
+
+
+def learn(
+    control: Control,
+    transports: Sequence[Transport],
+    facts: Facts,
+    options: RefitOptions,
+    device: torch.device,
+) -> Links | None:
+    """What is known of the links of this world, the same on all ranks; every rank calls it.
+
+    `options.measure_links` says when ranks measure: `auto` where several transports could be taken and nothing is
+    cached, `always`, or `never`. None where nothing is cached and nothing was measured.
+
+    Raises:
+        RefitError: a transport that supports these ranks failed while it was measured.
+    """
+    cache = Cache(options.cache_dir, facts, options)
+    names = [t.name for t in transports]
+    told = cache.decide(names, options.measure_links) if control.rank == 0 else b""
+    verdict = control.gather("connect", told)[0].decode()
+    if verdict != "measure":
+        return Links.from_json(verdict) if verdict else None
+    started = time.monotonic()
+    links = measure(control, transports, options, device)
+    if control.rank == 0:
+        cache.keep(links)
+        log.info("links measured in %.2f s: %s", time.monotonic() - started, links.to_json())
+    return links
+
+
+class Cache:
+    """Measurements of worlds like this one, a file each. Only rank 0 reads and writes.
+
+    Args:
+        folder: empty for no cache.
+        facts: hosts, devices and versions of all ranks tell worlds apart, and so do the options that rates depend on.
+    """
+
+    def __init__(self, folder: str, facts: Facts, options: RefitOptions) -> None:
+        ranks = [[r, fact.name, fact.device, fact.hardware] for r, fact in sorted(facts.items())]
+        self._key = json.dumps([ranks, options.bucket_bytes, options.num_streams])
+        name = f"links-{sha256(self._key.encode()).hexdigest()[:16]}.json"
+        self._path = Path(folder).expanduser() / name if folder else None
+
+    def decide(self, names: Sequence[str], mode: str) -> bytes:
+        """`measure`, the cached links, or nothing, as `learn` says."""
+        if mode == "always":
+            return b"measure"
+        found = self.read()
+        if found is not None and set(names) <= set(found.rates):
+            return found.to_json().encode()
+        return b"measure" if mode == "auto" and len(names) > 1 else b""
+
+    def read(self) -> Links | None:
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            said = json.loads(self._path.read_text())
+            return Links.from_json(said["links"]) if said["key"] == self._key else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is not read (%s); delete it", self._path, error)
+            return None
+
+    def keep(self, links: Links) -> None:
+        """Written beside and renamed, so that readers see a whole file."""
+        if self._path is None:
+            return
+        beside = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps({"key": self._key, "links": links.to_json()}))
+            beside.replace(self._path)
+        except OSError as error:
+            log.warning("links are not cached (%s); set policy.refit.cache_dir to a folder that can be written", error)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+
+def measure(control: Control, transports: Sequence[Transport], options: RefitOptions, device: torch.device) -> Links:
+    """Measure every one of `transports`; all ranks call it."""
+    store = dist.PrefixStore("links", control.store)
+    channel = open_channel(device, store, control.rank, control.world.size, control.deadline_s)
+    try:
+        rates = {t.name: _rates(_Runner(control, t, options, device, channel)) for t in transports}
+    finally:
+        channel.close()
+    digest_s, piece_s = _digest_rates(control, device)
+    links = Links(rates, digest_s, piece_s, _meet_s(control))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # engines and trainers count on this memory
+    return links
+
+
+class _Runner:
+    """Runs probes by one transport on one rank."""
+
+    def __init__(
+        self, control: Control, transport: Transport, options: RefitOptions, device: torch.device, channel: Channel
+    ) -> None:
+        self._control, self._rank, self.transport = control, control.rank, transport
+        self._num_streams, self.device, self._channel = options.num_streams, device, channel
+        self.bucket_bytes = options.bucket_bytes
+
+    def run(self, probe: Probe) -> tuple[Load, float]:
+        """What the probe asks of links, and the seconds of the slowest rank in the best run."""
+        case = Case.of(self._control.world, probe)
+        pipeline = Pipeline(case.plan, self._rank, self._channel, self._num_streams, self.device)
+        ends = case.sources, case.landings
+        setting = Setting(case.plan, self._rank, self.device, self._control, pipeline, *ends)
+        mover = self.transport.mover(setting)
+        held, views = case.source(self._rank, self.device), case.landing(self._rank, self.device)
+        took = []
+        try:
+            for _ in range(1 + _REPEAT):
+                tracker = case.tracker(self._rank, views)
+                self._control.gather("connect", b"")
+                started = time.monotonic()
+                mover.run(case.plan.bulk, held, tracker, self._control.deadline_s)
+                finish(self.device, started + self._control.deadline_s)
+                took.append(time.monotonic() - started)
+        finally:
+            mover.close()
+        said = self._control.gather("connect", json.dumps(took[1:]).encode())
+        slowest = [max(run) for run in zip(*map(json.loads, said.values()), strict=True)]
+        return Load.of(Demand(case.plan, case.sources, case.landings)), min(slowest)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One probe in one world."""
+
+    probe: Probe
+    plan: RefitPlan
+    sources: Mapping[int, Layout]
+    landings: Mapping[int, Layout]
+
+    @classmethod
+    def of(cls, world: World, probe: Probe) -> Case:
+        pairs = _pairs(world)
+        table: TensorTable = {f"probe.{i}": TensorMeta(probe.shape, _DTYPE) for i in range(len(pairs))}
+        ends = []
+        for side, ranks, step in ((0, world.trainers, probe.step), (1, world.generators, 1)):
+            rows = {r: [f"probe.{i}" for i, pair in enumerate(pairs) if pair[side] == r] for r in ranks}
+            boxes = probe.boxes(step)
+            ends.append(
+                {r: Layout.from_regions([(f, b) for f in own for b in boxes], table) for r, own in rows.items()}
+            )
+        declared = {r: Declaration(layout) for r, layout in ends[1].items()}
+        plan = plan_refit(world, ends[0], declared, table, bucket_bytes=probe.bucket_bytes)
+        return cls(probe, plan, *ends)
+
+    def source(self, rank: int, device: torch.device) -> SourceViews:
+        layout = self.sources.get(rank)
+        if layout is None:
+            return SourceViews(())
+        return SourceViews([Holding(layout.fqn(i), layout.region(i), v) for i, v in _views(layout, device).items()])
+
+    def landing(self, rank: int, device: torch.device) -> Mapping[int, torch.Tensor]:
+        """Destinations in the opposite order, so that neighbouring copies cannot be merged."""
+        layout = self.landings.get(rank)
+        return {} if layout is None else _views(layout, device, backwards=True)
+
+    def tracker(self, rank: int, views: Mapping[int, torch.Tensor]) -> Tracker | None:
+        layout = self.landings.get(rank)
+        if layout is None:
+            return None
+        arrivals = Arrivals(self.plan, self.plan.bulk, rank, layout)
+        return Tracker(self.plan, self.plan.bulk, arrivals, _Views(views), verify=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """A sink whose storage is always open."""
+
+    views: Mapping[int, torch.Tensor]
+
+    def open(self, unit: int) -> Mapping[int, torch.Tensor]:
+        return self.views
+
+    def close(self, unit: int) -> None:
+        return None
+
+
+def _pairs(world: World) -> list[tuple[int, int]]:
+    """Trainer and generator of each pair; every rank of a small world is in one, and never with itself if it can."""
+    num_t, num_g = len(world.trainers), len(world.generators)
+    count = max(num_t, num_g)
+    shift = int(bool(world.shared))
+    chosen = sorted({i * count // min(count, _MOST_PAIRS) for i in range(min(count, _MOST_PAIRS))})
+    return [(world.trainers[i % num_t], world.generators[(i + shift) % num_g]) for i in chosen]
+
+
+def _views(layout: Layout, device: torch.device, backwards: bool = False) -> dict[int, torch.Tensor]:
+    """Row -> zeroed storage; all rows have one size and lie one after the other."""
+    if not len(layout):
+        return {}
+    sizes = layout.region(0).sizes
+    whole = torch.zeros((len(layout), *sizes), dtype=_DTYPE, device=device)
+    return {i: whole[len(layout) - 1 - i if backwards else i] for i in range(len(layout))}
+
+
+def _rates(runner: _Runner) -> Rates:
+    """Fitted to probes of one kind each."""
+    cuda, one_sided = runner.device.type == "cuda", runner.transport.one_sided
+    probes = probes_of(runner.device.type, runner.bucket_bytes)
+    found = {name: runner.run(probe) for name, probe in probes.items()}
+    return fit(found, one_sided=one_sided, overlaps=cuda)
+
+
+def fit(found: Mapping[str, tuple[Load, float]], *, one_sided: bool, overlaps: bool) -> Rates:
+    """Rates that explain each probe of `probes_of` (its load, its seconds)."""
+    start_s = found["start"][1]
+    beyond = {name: max(seconds - start_s, _TINY) for name, (_, seconds) in found.items()}
+    speed = {name: found[name][0].span(found[name][0].num_bytes) / beyond[name] for name in ("run", "short")}
+    rates = replace(_UNIT, start_s=start_s, run_bytes_per_s=speed["run"], one_sided=one_sided, overlaps=overlaps)
+    rates = replace(rates, short_bytes_per_s=min(speed["short"], speed["run"]))
+    each = {}
+    for name in ("copies", "messages"):
+        load = found[name][0]
+        moving = 0.0 if overlaps else load.transfer_s(replace(rates, start_s=0.0))
+        each[name] = max(beyond[name] - moving, 0.0) / load.span(load.num_copies)
+    message_s = 0.0 if one_sided else max(each["messages"] - each["copies"], 0.0)
+    return replace(rates, copy_s=each["copies"], message_s=message_s)
+
+
+def _digest_rates(control: Control, device: torch.device) -> tuple[float, float]:
+    """(bytes a second, seconds a piece) of digests while all ranks take theirs."""
+    size, count = (256 << 20, 256) if device.type == "cuda" else (4 << 20, 64)
+    one = torch.zeros(size // _DTYPE.itemsize, dtype=_DTYPE, device=device)
+    whole = Region.whole(tuple(one.shape))
+    small = torch.zeros(64, dtype=_DTYPE, device=device)
+    part = Region.whole(tuple(small.shape))
+    long_s = _digest_s(control, Pieces([Piece(0, 0, whole, whole)]), {0: one}, 1)
+    many = Pieces([Piece(i, i, part, part) for i in range(count)])
+    many_s = _digest_s(control, many, {i: small.clone() for i in range(count)}, count)
+    return size / max(long_s, _TINY), max(many_s - long_s if device.type == "cuda" else many_s, 0.0) / count
+
+
+def _digest_s(control: Control, pieces: Pieces, views: Mapping[int, torch.Tensor], count: int) -> float:
+    took = []
+    for _ in range(1 + _REPEAT):
+        control.gather("connect", b"")
+        started = time.monotonic()
+        ledger = Ledger(count)
+        pieces.take(views, ledger)
+        ledger.read()
+        took.append(time.monotonic() - started)
+    return _worst(control, min(took[1:]))
+
+
+def _meet_s(control: Control) -> float:
+    started = time.monotonic()
+    for _ in range(_REPEAT):
+        control.gather("connect", b"")
+    return _worst(control, (time.monotonic() - started) / _REPEAT)
+
+
+def _worst(control: Control, seconds: float) -> float:
+    said = control.gather("connect", json.dumps(seconds).encode())
+    return float(max(map(json.loads, said.values())))
