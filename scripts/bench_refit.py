@@ -1,18 +1,21 @@
-"""Time resharding refits against the conventional one: same model, same actors, one run.
+"""Time refits by every transport, side by side, without engines: plain processes hold real models' weights.
 
-Real Megatron trainers and real vLLM generators in Ray actors hold a random model of the asked size; each variant gets a
-new session and `--repeat` refits. Prints a table and writes it as JSON.
+Each rank is a process, with one GPU of its own where there are GPUs, as Ray's actors are. Trainers hold what Megatron
+holds and generators what vLLM holds (`scripts/bench/model.py`), for every case of a table (`scripts/bench/cases.py`).
+Destinations get random bytes before each refit, and what arrives is compared on the device, element by element, with
+values that generators make themselves. The ceilings are measured by the same processes beside the transports.
 
-    python scripts/bench_refit.py                                             # dense, TP2 -> 2 x TP1
-    python scripts/bench_refit.py --family moe --trainers ep=2,tp=2 --generators tp=2
-    python scripts/bench_refit.py --layers 16 --hidden 768 --variants gloo,broadcast --repeat 9
+    python scripts/bench_refit.py                                         # GPUs: all cases; otherwise small ones
+    python scripts/bench_refit.py --list
+    python scripts/bench_refit.py --cases "30B EP2 -> TP2" --variants "links,peer no verify,peer"
+    python scripts/bench_refit.py --trainers tp=2,etp=1,ep=2 --generators tp=2 --model Qwen3-30B-A3B --layers 8
+    python scripts/bench_refit.py --device cpu --small --variants gloo,peer
 
-Variants that end in `no verify` have the digests off: beside the same variant with them on, they say what
-verification costs in this run (column "verify": the difference of the medians, and its share of the refit).
-
-Columns: seconds are the slowest rank's, median [min, max] over the repeats without the first; bytes moved are what
-all generators received over the wire in one refit; the lower bound counts every destination byte once; staging are
-message and broadcast buffers of the worst rank; extra memory is how far a rank's resident memory rose during a refit.
+Variants are transports of a session, with ` no verify` behind them for one without digests; `links`, the ceilings;
+and ways of others (`vllm`, `checkpoint-engine`). A variant that fails or hangs becomes a row that says so, the
+others run. `rows.jsonl` in the output folder grows as rows come, and `--resume` goes on behind them. Seconds are the
+slowest rank's, median [min, max] over the repeats without the first. `scripts/bench_page.py` makes the page of
+docs/benchmarks.md from the result.
 """
 
 from __future__ import annotations
@@ -20,240 +23,289 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
+import os
+import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+# Read when NCCL loads; multicast can put a host's GPUs out of service.
+SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+os.environ.update(SAFE)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nemo_rl.actors import Actors
-from nemo_rl.cluster import Cluster
-from nemo_rl.config import Config, load_config
-from nemo_rl.refit.base import RefitOptions, RefitReport
-from nemo_rl.topology import topology_of
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
-BASE = Path(__file__).parents[1] / "examples" / "configs" / "grpo_qwen3_tiny_cpu.yaml"
-NO_VERIFY = " no verify"
-AXES = {
-    "tp": "policy.megatron_cfg.tensor_model_parallel_size",
-    "pp": "policy.megatron_cfg.pipeline_model_parallel_size",
-    "ep": "policy.megatron_cfg.expert_model_parallel_size",
-    "etp": "policy.megatron_cfg.expert_tensor_parallel_size",
-}
+from nemo_rl.trainer.model import Parallel, check_layout  # noqa: E402
+from scripts.bench.cases import CASES, LINKS, MODELS, NO_VERIFY, SMALL, Case, Engines  # noqa: E402
+from scripts.bench.rank import Rank  # noqa: E402
+from scripts.bench.rows import error_row, finished, is_link  # noqa: E402
+
+log = logging.getLogger("bench")
+_STARTS = 4  # of all processes, where variants end them
+AXES = {"tp": "tensor", "pp": "pipeline", "ep": "expert", "etp": "expert_tensor"}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One variant's result; times in seconds, sizes in bytes."""
-
-    case: str
-    variant: str
-    seconds_median: float
-    seconds_min: float
-    seconds_max: float
-    bytes_moved: int
-    lower_bound: int
-    gb_per_s: float
-    staging_bytes: int
-    trainer_extra_bytes: int | None
-    generator_extra_bytes: int | None
-    verified: bool
-    phase_s: dict[str, float]
-    verify_cost_s: float | None = None
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    p.add_argument("--cases", help="names, or parts of names, separated by commas; all that fit the machine")
+    p.add_argument("--list", action="store_true", help="say the cases and end")
+    p.add_argument("--small", action="store_true", help="cases of tiny models, for a try")
+    p.add_argument("--model", choices=MODELS, default="Qwen3-30B-A3B", help="of a case of your own")
+    p.add_argument("--trainers", help="a case of your own: tp, pp, ep, etp, ranks; or the number of ranks with ep")
+    p.add_argument(
+        "--generators", help="a case of your own: tp, replicas, present (ranks of them); or the number of ranks with tp"
+    )
+    p.add_argument("--shared", action="store_true", help="all trainers on one GPU, all generators on another")
+    p.add_argument("--one-buffer", action="store_true", help="a trainer's parameters in one allocation")
+    p.add_argument("--layers", type=int, help="of every model, instead of all")
+    p.add_argument("--variants", help="instead of those of the table")
+    p.add_argument("--repeat", type=int, help="timed refits, instead of those of the table")
+    p.add_argument("--bucket-mb", type=int, default=64)
+    p.add_argument("--num-streams", type=int, default=2)
+    p.add_argument("--profile", action="store_true", help="one more refit each, to count kernels and copies")
+    p.add_argument("--deadline", type=float, default=30, help="seconds of any phase")
+    p.add_argument("--variant-limit", type=float, default=60, help="seconds of any variant; then all is started anew")
+    p.add_argument("--limit", type=float, default=600, help="seconds of the whole run; what is left is not run")
+    p.add_argument("--out", default="outputs/bench_refit")
+    p.add_argument("--resume", action="store_true", help="keep the rows that are there and run the others")
+    p.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    return p
 
 
 def main() -> int:
-    options = _parser().parse_args()
-    console = Console(width=max(Console().width, 132))
-    logging.basicConfig(level=logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        size = _make_model(options, Path(folder))
-        config = _config(options, folder)
-        case = f"{options.family} {size / 1e6:.0f} MB, {options.trainers} -> {options.generators}"
-        console.print(f"{case}: starting actors", style="dim")
-        rows = _run(options, config, Path(folder), case, console)
-    _show(console, case, rows)
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps([asdict(r) for r in rows], indent=1))
-    console.print(f"wrote {out}", style="dim")
-    return 0 if all(r.verified for r in rows if not r.variant.endswith(NO_VERIFY)) else 1
+    options = parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d %(name)s %(message)s", stream=sys.stdout)
+    options.device = options.device or ("cuda" if torch.cuda.device_count() else "cpu")
+    cases = chosen(options)
+    if options.list:
+        log.info("%s", "\n".join(f"{case.name}: {', '.join(case.variants)}" for case in cases))
+        return 0
+    if options.rank is not None:
+        wanted = json.loads((Path(options.out) / "todo.json").read_text())
+        return Rank(options, [(case, wanted[case.name]) for case in cases if wanted.get(case.name)]).run()
+    return Run(options, cases).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time refits.", epilog=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--family", choices=("dense", "moe"), default="dense")
-    parser.add_argument("--trainers", default="tp=2", help="mesh of the trainers: tp, pp, ep, etp, ranks")
-    parser.add_argument("--generators", default="tp=1,replicas=2", help="tp of an engine and number of engines")
-    parser.add_argument("--variants", default="gloo,gloo no verify,broadcast,broadcast no verify,golden")
-    parser.add_argument("--repeat", type=int, default=6, help="refits a variant; the first is not timed")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--bucket-bytes", type=int, default=4 << 20)
-    parser.add_argument("--num-streams", type=int, default=2)
-    parser.add_argument("--out", default="outputs/bench/refit.json")
-    return parser
+# ---- which cases
 
 
-def _sizes(text: str) -> dict[str, int]:
+def chosen(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for. Exits with the reason where there are none."""
+    if options.trainers or options.generators:
+        cases = [own_case(options)]
+    else:
+        cases = list(SMALL if options.small or (options.device == "cpu" and not options.cases) else CASES)
+    if options.cases:
+        parts = [part.strip() for part in options.cases.split(",")]
+        exact = [case for case in CASES + SMALL if case.name in parts]
+        cases = exact or [case for case in CASES + SMALL if any(part in case.name for part in parts)]
+    if options.device == "cuda" and options.rank is None:
+        cases = fitting(cases, torch.cuda.device_count(), bool(options.cases))
+    cases = [with_options(case, options) for case in cases]
+    if not cases:
+        sys.exit("no case of that name fits this machine; see --list")
+    for case in cases:
+        if problems := check_layout(case.shape, case.trainers):
+            sys.exit(f"{case.name}: {'; '.join(problems)}")
+    return cases
+
+
+def fitting(cases: Sequence[Case], num_devices: int, asked: bool) -> list[Case]:
+    """Cases that so many GPUs can run; those that stand in for others only where others cannot, or where asked for."""
+    found = [case for case in cases if case.num_devices <= num_devices]
+    whole = [case for case in found if not case.stand_in]
+    return found if asked or not whole else whole
+
+
+def own_case(options: argparse.Namespace) -> Case:
+    trainers, generators = sizes(options.trainers or "2", "ep"), sizes(options.generators or "2", "tp")
+    dense = trainers.get("tp", 1) * trainers.get("pp", 1)
+    sparse = trainers.get("ep", 1) * trainers.get("etp", 1) * trainers.get("pp", 1)
+    axes: dict[str, Any] = {AXES[name]: size for name, size in trainers.items() if name in AXES}
+    parallel = Parallel(trainers.get("ranks", max(dense, sparse)), **axes)
+    model = options.model
+    if options.small:
+        model = "small MoE" if MODELS[model].is_moe else "small dense"
+    engines = Engines(generators.get("tp", 1), generators.get("replicas", 1), generators.get("present"))
+    name = f"{model} {options.trainers or 'ep=2'} -> {options.generators or 'tp=2'}"
+    variants = (LINKS, "peer" + NO_VERIFY, "peer", "nccl" + NO_VERIFY, "broadcast" + NO_VERIFY)
+    return Case(name, model, parallel, engines, variants)
+
+
+def sizes(text: str, axis: str) -> dict[str, int]:
+    """`tp=2,ep=2` as numbers; a number alone is that of `axis`."""
+    if text.isdigit():
+        return {axis: int(text)}
     return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
 
 
-def _make_model(options: argparse.Namespace, folder: Path) -> int:
-    """Save a random checkpoint; returns its bytes."""
-    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
-
-    torch.manual_seed(0)
-    common: dict[str, Any] = dict(
-        vocab_size=8192,
-        hidden_size=options.hidden,
-        intermediate_size=3 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        dtype=options.precision,
-    )
-    if options.family == "dense":
-        config: Any = Qwen3Config(architectures=["Qwen3ForCausalLM"], **common)
-    else:
-        moe = dict(num_experts=options.experts, num_experts_per_tok=2, moe_intermediate_size=options.hidden // 2)
-        config = Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"], norm_topk_prob=True, **common, **moe)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.precision))
-    model.save_pretrained(folder)
-    return sum(p.nbytes for p in model.parameters())
+def with_options(case: Case, options: argparse.Namespace) -> Case:
+    change: dict[str, Any] = {
+        "one_buffer": case.one_buffer or options.one_buffer,
+        "shared": case.shared or options.shared,
+    }
+    if options.variants:
+        change["variants"] = tuple(v.strip() for v in options.variants.split(","))
+    if options.repeat:
+        change["repeat"] = options.repeat
+    if options.layers:
+        layers = min(options.layers, MODELS[case.model].num_layers)
+        change |= {"layers": layers, "name": f"{case.name}, {layers} layers"}
+    return replace(case, **change)
 
 
-def _config(options: argparse.Namespace, folder: str) -> Config:
-    trainers, generators = _sizes(options.trainers), _sizes(options.generators)
-    dense = trainers.get("tp", 1) * trainers.get("pp", 1)
-    ranks = trainers.pop("ranks", max(dense, trainers.get("ep", 1) * trainers.get("etp", 1) * trainers.get("pp", 1)))
-    devices = generators.get("tp", 1) * generators.get("replicas", 1)
-    overrides = [f"{AXES[name]}={trainers.get(name, 1)}" for name in AXES]
-    overrides += [
-        f"policy.model_name={folder}",
-        f"policy.precision={options.precision}",
-        f"policy.generation.vllm_cfg.precision={options.precision}",
-        f"policy.generation.vllm_cfg.tensor_parallel_size={generators.get('tp', 1)}",
-        "policy.generation.vllm_cfg.load_format=dummy",
-        f"policy.generation.colocated.resources.gpus_per_node={devices}",
-        f"cluster.gpus_per_node={ranks + devices}",
-        "cluster.num_nodes=1",
-    ]
-    return load_config(BASE, overrides)
+# ---- the driver
 
 
-def _run(options: argparse.Namespace, config: Config, folder: Path, case: str, console: Console) -> list[Row]:
-    topology, problems = topology_of(config)
-    if problems:
-        sys.exit("\n".join(problems))
-    rows = []
-    with (
-        Cluster(config.cluster, topology, "cpu") as cluster,
-        Actors(config, folder, topology, "cpu", cluster) as actors,
-    ):
-        version = 1
-        for variant in (v.strip() for v in options.variants.split(",")):
-            refits = RefitOptions(
-                transport=variant.split()[0],
-                bucket_bytes=options.bucket_bytes,
-                num_streams=options.num_streams,
-                deadline_s=config.policy.refit.deadline_s,
-                verify=not variant.endswith(NO_VERIFY),
-            )
-            group = actors.refit_group(refits)
-            group.connect()
-            reports = []
-            for _ in range(options.repeat):
-                reports.append(group.reports(version))
-                version += 1
-            rows.append(_row(case, variant, reports, topology.num_trainers))
-            console.print(f"{variant}: {rows[-1].seconds_median * 1e3:.0f} ms", style="dim")
-    return _with_verify_cost(rows)
+def placement_of(case: Case) -> int:
+    """Cases of one number can be run by the same processes: the number of trainers where ranks share GPUs, or 0."""
+    return case.trainers.world_size if case.shared else 0
 
 
-def _row(case: str, variant: str, refits: Sequence[Sequence[RefitReport]], num_trainers: int) -> Row:
-    """The first refit warms up and shows the memory; the others are timed."""
-    seconds = [max(r.total_s for r in reports) for reports in refits[1:]]
-    last = refits[-1]
-    moved = sum(r.bulk_bytes + r.misc_bytes for r in last[num_trainers:])
-    return Row(
-        case=case,
-        variant=variant,
-        seconds_median=statistics.median(seconds),
-        seconds_min=min(seconds),
-        seconds_max=max(seconds),
-        bytes_moved=moved,
-        lower_bound=last[0].required_bytes,
-        gb_per_s=moved / statistics.median(seconds) / 1e9,
-        staging_bytes=max(r.staging_bytes for r in last),
-        trainer_extra_bytes=_worst(refits, slice(0, num_trainers)),
-        generator_extra_bytes=_worst(refits, slice(num_trainers, None)),
-        phase_s={phase: _slowest(refits[1:], phase) for phase in last[0].phase_s},
-        verified=all(r.verified for reports in refits for r in reports[num_trainers:]),
-    )
+class Run:
+    """Starts the ranks, and starts them anew behind a variant that ended or held them."""
+
+    def __init__(self, options: argparse.Namespace, cases: Sequence[Case]) -> None:
+        self.options, self.cases, self.out = options, cases, Path(options.out)
+        self.end = time.monotonic() + options.limit
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in ("facts.json", "current.json", *(() if options.resume else ("rows.jsonl",))):
+            (self.out / name).unlink(missing_ok=True)
+
+    def run(self) -> int:
+        """0 where every row came, exact to the bit; 1 otherwise."""
+        for placement in dict.fromkeys(placement_of(case) for case in self.cases):
+            for _ in range(_STARTS):
+                todo = {case.name: self.todo().get(case.name) for case in self.cases if placement_of(case) == placement}
+                if not any(todo.values()) or time.monotonic() > self.end:
+                    break
+                self.attempt([case for case in self.cases if todo.get(case.name)])
+        rows = finished(self.rows())
+        left = self.todo()
+        self.write(rows, left)
+        for line in table(rows):
+            log.info("%s", line)
+        if left:
+            log.info("not run: %s", left)
+        good = all("error" not in r and (is_link(r) or r["bit_exact"]) for r in rows)
+        return 0 if good and not left else 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.out / "rows.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def todo(self) -> dict[str, list[str]]:
+        """Case -> variants without a row."""
+        done = {(row["case"], row["variant"].split(":")[0]) for row in self.rows()}
+        found = {case.name: [v for v in case.variants if (case.name, v) not in done] for case in self.cases}
+        return {name: variants for name, variants in found.items() if variants}
+
+    def attempt(self, cases: Sequence[Case]) -> None:
+        """One start of all ranks. A variant that takes too long, or ends a rank, gets a row that says so."""
+        todo = self.todo()
+        (self.out / "todo.json").write_text(json.dumps({case.name: todo[case.name] for case in cases}))
+        largest = max(cases, key=lambda case: case.num_ranks)
+        timeout = timedelta(seconds=60)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        ranks = [self.start(rank, largest.device_of(rank), store.port) for rank in range(largest.num_ranks)]
+        why = ""
+        while not why and any(r.poll() is None for r in ranks):
+            time.sleep(0.1)
+            why = self.stuck(ranks)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+        codes = [rank.wait() for rank in ranks]
+        if why or any(code not in (0, 1) for code in codes) or any(case.name in self.todo() for case in cases):
+            self.blame(why or f"ranks ended with {codes}")
+
+    def start(self, rank: int, device: int, port: int) -> subprocess.Popen[bytes]:
+        environ = dict(os.environ, PYTHONUNBUFFERED="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0", **SAFE)
+        if self.options.device == "cuda":
+            environ["CUDA_VISIBLE_DEVICES"] = str(device)
+        else:
+            environ.setdefault("OMP_NUM_THREADS", "1")
+        command = [sys.executable, __file__, *sys.argv[1:], "--device", self.options.device]
+        with open(self.out / f"rank{rank}.log", "ab") as file:
+            more = ["--rank", str(rank), "--port", str(port)]
+            return subprocess.Popen([*command, *more], env=environ, stdout=file, stderr=subprocess.STDOUT)
+
+    def stuck(self, ranks: Sequence[subprocess.Popen[bytes]]) -> str:
+        """Why to end this attempt; nothing while it goes on."""
+        if time.monotonic() > self.end:
+            return f"the run's {self.options.limit:g} s were over"
+        ended = [n for n, rank in enumerate(ranks) if rank.poll() not in (None, 0, 1)]
+        if ended:
+            return f"rank {ended[0]} ended with {ranks[ended[0]].returncode}"
+        current = self.current()
+        if current and time.time() - current["started"] > self.options.variant_limit:
+            return f"it took more than {self.options.variant_limit:g} s"
+        return ""
+
+    def current(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.out / "current.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def blame(self, why: str) -> None:
+        """A row for the variant that was running, if it has none; without one, nothing was run that could be blamed."""
+        current, tail = self.current(), self.tail()
+        log.info("%s during %s\n%s", why, current or "the start", tail)
+        todo = self.todo()
+        if not current or current["variant"] not in todo.get(current["case"], []):
+            return
+        (self.out / "current.json").unlink()
+        case = next(case for case in self.cases if case.name == current["case"])
+        with open(self.out / "rows.jsonl", "a") as file:
+            file.write(json.dumps(error_row(case, current["variant"], why)) + "\n")
+
+    def tail(self) -> str:
+        logs = sorted(self.out.glob("rank*.log"))
+        return "\n".join(f"{path.name}: " + " | ".join(path.read_text().splitlines()[-6:]) for path in logs)
+
+    def write(self, rows: Sequence[Mapping[str, Any]], left: Mapping[str, Sequence[str]]) -> None:
+        facts = self.out / "facts.json"
+        said = json.loads(facts.read_text()) if facts.exists() else {}
+        num = max(case.num_devices for case in self.cases)
+        result = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "hardware": said.get("hardware", ""),
+            "num_devices": num,
+            "versions": said.get("versions", {}),
+            "bucket_bytes": self.options.bucket_mb << 20,
+            "num_streams": self.options.num_streams,
+            "not_run": dict(left),
+            "rows": list(rows),
+        }
+        (self.out / "result.json").write_text(json.dumps(result, indent=1))
 
 
-def _slowest(refits: Sequence[Sequence[RefitReport]], phase: str) -> float:
-    """Median over refits of the slowest rank's seconds in `phase`."""
-    return statistics.median(max(r.phase_s.get(phase, 0.0) for r in reports) for reports in refits)
+def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lines of text, one a row."""
+    return [f"{row['case']:34} {row['variant']:34} {_numbers(row)}" for row in rows]
 
 
-def _with_verify_cost(rows: Sequence[Row]) -> list[Row]:
-    """Each verified row with what it takes longer than its twin without digests."""
-    bare = {r.variant.removesuffix(NO_VERIFY): r.seconds_median for r in rows if r.variant.endswith(NO_VERIFY)}
-    return [replace(r, verify_cost_s=r.seconds_median - bare[r.variant]) if r.variant in bare else r for r in rows]
-
-
-def _worst(refits: Sequence[Sequence[RefitReport]], ranks: slice) -> int | None:
-    found = [r.extra_rss_bytes for reports in refits for r in reports[ranks]]
-    return None if None in found else max(f for f in found if f is not None)
-
-
-def _show(console: Console, case: str, rows: Sequence[Row]) -> None:
-    table = Table(title=f"refit, {case}")
-    names = ("variant", "ms", "moved MB", "bound MB", "GB/s", "staging MB", "extra MB trainer/gen.", "verified")
-    for name in (*names, "verify"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    table.add_column("x faster than broadcast", justify="right")
-    base = {r.variant.removeprefix("broadcast"): r.seconds_median for r in rows if r.variant.startswith("broadcast")}
-    for r in rows:
-        suffix = NO_VERIFY if r.variant.endswith(NO_VERIFY) else ""
-        extra = f"{_megabytes(r.trainer_extra_bytes)}/{_megabytes(r.generator_extra_bytes)}"
-        table.add_row(
-            r.variant,
-            f"{r.seconds_median * 1e3:.0f} [{r.seconds_min * 1e3:.0f}, {r.seconds_max * 1e3:.0f}]",
-            f"{r.bytes_moved / 1e6:.1f}",
-            f"{r.lower_bound / 1e6:.1f}" if r.lower_bound else "-",
-            f"{r.gb_per_s:.2f}",
-            f"{r.staging_bytes / 1e6:.1f}",
-            extra,
-            "yes" if r.verified else "no",
-            _cost(r),
-            f"{base[suffix] / r.seconds_median:.2f}" if suffix in base else "-",
-        )
-    console.print(table)
-
-
-def _cost(row: Row) -> str:
-    if row.verify_cost_s is None:
-        return "-"
-    return f"{row.verify_cost_s * 1e3:.0f} ms ({row.verify_cost_s / row.seconds_median:.0%})"
-
-
-def _megabytes(size: int | None) -> str:
-    return "?" if size is None else f"{size / 1e6:.1f}"
+def _numbers(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return f"FAILED {row['error'][:300]}"
+    median, low, high = (row[f"seconds_{which}"] * 1e3 for which in ("median", "min", "max"))
+    text = f"{median:8.1f} [{low:.1f}, {high:.1f}] ms {row['gb_per_s']:6.1f} GB/s"
+    if is_link(row):
+        return text
+    staging, peak, memory = (row[f"{which}_bytes"] >> 20 for which in ("staging", "peak", "memory"))
+    text += f" transfer {row['transfer_median'] * 1e3:.1f} ms, share {row.get('share_of_ceiling', 0):.3f},"
+    text += f" staging {staging} MiB, peak {peak}, memory {memory},{'' if row['verified'] else ' not'} verified, "
+    return text + ("bit-exact" if row["bit_exact"] else f"WRONG {row['wrong']}")
 
 
 if __name__ == "__main__":

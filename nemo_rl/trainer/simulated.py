@@ -106,7 +106,7 @@ class _Shards:
         self._shape, self._parallel = shape, parallel
         self._dense: defaultdict[int, list[Weight]] = defaultdict(list)
         self._experts: defaultdict[tuple[int, int], list[Weight]] = defaultdict(list)
-        stages = _stage_of_layer(shape, parallel)
+        stages = stage_of_layer(shape, parallel)
         num_local = max(shape.num_experts // parallel.expert, 1)
         for weight in families.weights(shape, padded_vocabulary(shape, parallel)):
             stage = stages[weight.layer]
@@ -132,7 +132,7 @@ class _Shards:
 
     def _part(self, weight: Weight, index: int, count: int) -> Iterator[tuple[str, Region]]:
         found = families.boxes(self._shape, weight.key, weight.size)
-        rows = [(fqn, region) for fqn, region, _ in families.parts(found, _chunk(weight, index, count))]
+        rows = [(fqn, region) for fqn, region, _ in families.parts(found, chunk_of(weight, index, count))]
         yield from rows
         fp8 = self._shape.fp8
         if fp8 is not None:
@@ -151,7 +151,7 @@ def _joined(rows: list[tuple[str, Region]]) -> list[tuple[str, Region]]:
     return out
 
 
-def _chunk(weight: Weight, index: int, count: int) -> Region:
+def chunk_of(weight: Weight, index: int, count: int) -> Region:
     """Part `index` of `count` equal parts of a weight, or all of one that is not split."""
     region = Region.whole(weight.size)
     if weight.split is None:
@@ -161,7 +161,7 @@ def _chunk(weight: Weight, index: int, count: int) -> Region:
     return Region(tuple(offsets), tuple(sizes))
 
 
-def _stage_of_layer(shape: ModelShape, parallel: Parallel) -> dict[int, int]:
+def stage_of_layer(shape: ModelShape, parallel: Parallel) -> dict[int, int]:
     """Layer, EMBEDDING or HEAD -> pipeline stage."""
     stages = {EMBEDDING: 0, HEAD: parallel.pipeline - 1}
     split = parallel.chunks(shape.num_layers)

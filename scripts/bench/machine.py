@@ -1,0 +1,30 @@
+"""Where a result was measured."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_PACKAGES = ("vllm", "nccl-extensions", "nccl4py", "checkpoint-engine", "triton", "cuda-bindings")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, as this process sees them."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if device.type == "cpu":
+        return {"hardware": f"{platform.machine()} CPU", "versions": versions}
+    versions["cuda"] = str(torch.version.cuda)
+    versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if _DRIVER.exists():
+        versions["driver"] = next((w for w in _DRIVER.read_text().split() if w[:1].isdigit() and "." in w), "")
+    return {"hardware": torch.cuda.get_device_name(device), "versions": versions}
