@@ -19,7 +19,12 @@ def hardware_of(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     driver = _DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else "driver unknown"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return f"{properties.name} {properties.uuid}, {driver}, {versions}, NCCL {nccl}"
+    return f"{properties.name}, {driver}, {versions}, NCCL {nccl}"
+
+
+def gpu_of(device: torch.device) -> str:
+    """Identity of the GPU, the same in all processes; empty for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _cpu() -> str:

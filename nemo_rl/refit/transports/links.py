@@ -113,7 +113,7 @@ class Cache:
     """
 
     def __init__(self, folder: str, facts: Facts, options: RefitOptions) -> None:
-        ranks = [[r, fact.name, fact.device, fact.hardware] for r, fact in sorted(facts.items())]
+        ranks = [[r, fact.name, fact.device, fact.hardware, fact.gpu] for r, fact in sorted(facts.items())]
         self._key = json.dumps([ranks, options.bucket_bytes, options.num_streams])
         name = f"links-{sha256(self._key.encode()).hexdigest()[:16]}.json"
         self._path = Path(folder).expanduser() / name if folder else None

@@ -27,6 +27,7 @@ class Fact:
         beacon: where other processes of the host find a piece of its memory; empty where it has none to show.
         name: of the host.
         hardware: its device and the software that moves bytes, in words; measurements of links go with them.
+        gpu: identity of its GPU; empty for a CPU.
         free_bytes: memory of its device that nobody has taken; None where the system does not tell.
     """
 
@@ -36,6 +37,7 @@ class Fact:
     beacon: str = ""
     name: str = ""
     hardware: str = ""
+    gpu: str = ""
     free_bytes: int | None = None
 
 

@@ -23,7 +23,7 @@ from nemo_rl.refit.transports import peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
-from nemo_rl.refit.transports.hardware import hardware_of
+from nemo_rl.refit.transports.hardware import gpu_of, hardware_of
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 
@@ -38,7 +38,7 @@ def _only_on(device: str, name: str, facts: Facts) -> str | None:
 
 
 def _any_one_device(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on(facts[0].device, "one channel", facts)
+    return _only_on(facts[0].device, "one channel", facts) or _own_gpus(facts)
 
 
 def _gloo_unsupported(rank: int, world: World, facts: Facts) -> str | None:
@@ -46,7 +46,17 @@ def _gloo_unsupported(rank: int, world: World, facts: Facts) -> str | None:
 
 
 def _nccl_unsupported(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on("cuda", "nccl", facts)
+    return _only_on("cuda", "nccl", facts) or _own_gpus(facts)
+
+
+def _own_gpus(facts: Facts) -> str | None:
+    """NCCL wants a GPU for each rank."""
+    first: dict[str, int] = {}
+    for rank, fact in facts.items():
+        other = first.setdefault(fact.gpu, rank)
+        if fact.gpu and other != rank:
+            return f"ranks {other} and {rank} are on one GPU ({fact.gpu}), NCCL wants one for each"
+    return None
 
 
 def _messages(setting: Setting) -> Pipeline:
@@ -76,7 +86,8 @@ def own_fact(device: torch.device, given: bool) -> Fact:
     host = _BOOT.read_text().strip() if _BOOT.exists() else ""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     memory = peer.memory_of(device)
-    return Fact(host, device.type, given, memory.beacon(), platform.node(), hardware_of(device), free)
+    words = platform.node(), hardware_of(device), gpu_of(device)
+    return Fact(host, device.type, given, memory.beacon(), *words, free)
 
 
 def share_facts(control: Control, fact: Fact) -> Facts:

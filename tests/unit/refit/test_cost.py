@@ -9,15 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.control import Control
 from nemo_rl.refit.cost import Demand, Links, Load, Rates
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.relay import relay_of
+from nemo_rl.refit.transports import registry
 from nemo_rl.refit.transports.links import Cache, Case, Probe, fit, probes_of
 from nemo_rl.refit.transports.mover import Fact
+from nemo_rl.refit.transports.registry import TRANSPORTS, choose
 
 from .layouts import shard_out
 from .link_clock import run_clock
@@ -176,6 +180,33 @@ def test_probes_move_by_every_rank_of_a_small_world(shared):
 
 def facts(hardware="one GPU", ranks=2):
     return {r: Fact("boot", "cpu", False, "", "host", hardware) for r in range(ranks)}
+
+
+def test_nccl_is_no_choice_where_ranks_share_a_gpu():
+    world = World.of(1, 2)
+    apart = {r: Fact("boot", "cuda", False, gpu=f"GPU-{r}") for r in range(3)}
+    shared = {**apart, 2: replace(apart[2], gpu="GPU-0")}
+    for name in ("nccl", "golden", "broadcast"):
+        assert TRANSPORTS[name].unsupported(1, world, apart) is None
+        assert "ranks 0 and 2 are on one GPU (GPU-0)" in TRANSPORTS[name].unsupported(1, world, shared)
+    assert TRANSPORTS["gloo"].unsupported(0, world, facts(ranks=3)) is None, "a CPU may be shared"
+
+
+@pytest.mark.parametrize("free", [10 << 20, None])
+def test_a_transport_whose_buffers_do_not_fit_is_not_taken(free, monkeypatch):
+    """`nccl` would be faster, but its message buffers need 2 x 2 x 16 MiB."""
+    table = make_table({"w": ((64, 64), torch.bfloat16)})
+    rows = [[("w", Region.whole((64, 64)))]]
+    demand = demand_of(World.of(1, 1), table, rows, rows)
+    known = {r: Fact("boot", "cuda", False, gpu=f"GPU-{r}", free_bytes=free) for r in range(2)}
+    links = Links({"peer": PCIE, "nccl": WIRE}, 1e9, 0.0, 0.0)
+    found = [TRANSPORTS["peer"], TRANSPORTS["nccl"]]
+    monkeypatch.setattr(registry, "_givers", lambda *_: None)
+    control = Control(0, World((0,), (0,)), dist.HashStore(), 5.0)
+    choice = choose(control, found, links, known, RefitOptions(), demand)
+    assert choice.transport.name == ("peer" if free else "nccl")
+    assert choice.predictions["nccl"] < choice.predictions["peer"]
+    assert choose(control, found, None, known, RefitOptions(), demand).transport.name == "peer", "nothing was measured"
 
 
 def test_a_cached_measurement_counts_for_the_world_that_it_was_made_in(tmp_path):
