@@ -16,37 +16,46 @@ import torch.distributed as dist
 
 from nemo_rl.refit.base import World
 from nemo_rl.refit.strided import Axis, Form, Jobs
+from nemo_rl.refit.transports.copy_engine import Way
 
 log = logging.getLogger("bench_links")
-_BYTES = 4 << 30  # of a phase
-_REPEAT = 5
+_BYTES = 2 << 30  # of a phase
+_REPEAT = 3
 Meet = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """Copies of one form; `way` says who moves (the reader `get`s, the owner `put`s) and by what."""
+    """Copies of one form; `side` says who moves: the reader `get`s, the owner `put`s."""
 
-    name: str
-    way: str
+    side: str
+    what: str
     form: Form
-    gap: int  # bytes between the starts of two boxes, at the reader and at the owner
-    streams: int = 2
-    kernel: bool = False
+    way: Way
+
+    @property
+    def name(self) -> str:
+        return f"{self.side} {self.what}"
+
+    @property
+    def span(self) -> int:
+        """Bytes from the start of one box to the start of the next, at the reader and at the owner."""
+        return self.form.run + sum((axis.size - 1) * max(axis.src, axis.dst) for axis in self.form.axes)
 
 
 def tries() -> list[Try]:
+    """The ceilings first; then what the choice of a way rests on."""
     expert = 384 * 2048 * 2
-    out = [Try(f"{way} contiguous", way, Form((), _BYTES // 4, 2), _BYTES // 4, 1) for way in ("put", "get")]
-    for way, streams in (("get", 1), ("get", 2), ("get", 4), ("put", 1), ("put", 2)):
-        out.append(Try(f"{way} pieces of {expert} bytes, {streams} streams", way, Form((), expert, 2), expert, streams))
-    out.append(Try(f"get pieces of {expert} bytes by kernel", "get", Form((), expert, 2), 2 * expert, kernel=True))
-    for row in (64, 128, 256, 512, 768, 1536, 4096):
-        form = Form((Axis(1 << 21 >> (row.bit_length() - 1), 2 * row, row),), row, 2)
-        for way in ("get", "put") if row == 768 else ("get",):
-            out.append(Try(f"{way} rows of {row} bytes by engine", way, form, 0))
-        if row <= 768:
-            out.append(Try(f"get rows of {row} bytes by kernel", "get", form, 0, kernel=True))
+    out = [Try(side, "contiguous", Form((), _BYTES // 4, 2), "calls") for side in ("put", "get")]
+    for side in ("put", "get"):
+        out.append(Try(side, f"pieces of {expert} bytes in calls", Form((), expert, 2), "calls"))
+        for size in (1 << 14, 1 << 16, 1 << 18, 1 << 19, expert):
+            for way, how in (("pieces", "in batched calls"), ("kernel", "by kernel")):
+                out.append(Try(side, f"pieces of {size} bytes {how}", Form((), size, 2), way))  # type: ignore[arg-type]
+        for row in (128, 256, 512, 768, 1536, 4096):
+            form = Form((Axis((64 << 20) // row, 2 * row, row),), row, 2)
+            out.append(Try(side, f"rows of {row} bytes in calls of 64 MB", form, "calls"))
+            out.append(Try(side, f"rows of {row} bytes by kernel", form, "kernel"))
     return out
 
 
@@ -94,34 +103,27 @@ def _prepare(
     attempt: Try, rank: int, world: World, engine: Any, mine: int, far: dict[int, int]
 ) -> list[Callable[[], None]]:
     """What this rank starts, one piece a phase; nothing on the side that does not move."""
-    movers = world.generators if attempt.way == "get" else world.trainers
-    peers = world.trainers if attempt.way == "get" else world.generators
+    get = attempt.side == "get"
+    movers, peers = (world.generators, world.trainers) if get else (world.trainers, world.generators)
     if rank not in movers:
         return []
-    at, num = movers.index(rank), len(peers)
-    streams = [torch.cuda.Stream() for _ in range(attempt.streams)]
-    out = []
-    for phase in range(num):
-        address = far[peers[(at + phase) % num]]
-        span = attempt.gap or attempt.form.run + sum((a.size - 1) * max(a.src, a.dst) for a in attempt.form.axes)
-        count = _BYTES // span
-        steps = np.arange(count, dtype=np.int64) * span
+    stream, out = torch.cuda.Stream(), []
+    for phase in range(len(peers)):
+        address = far[peers[(movers.index(rank) + phase) % len(peers)]]
+        count = _BYTES // attempt.span
+        steps = np.arange(count, dtype=np.int64) * attempt.span
         there, here = address + steps[::-1], mine + steps  # in opposite orders, so that pieces stay pieces
-        src, dst = (there, here) if attempt.way == "get" else (here, there)
+        src, dst = (there, here) if get else (here, there)
         jobs = Jobs(src, dst, (attempt.form,) * count)
-        out.append(_starter(engine, jobs, streams, attempt.kernel))
+        out.append(_starter(engine.prepare(jobs, np.zeros(count, np.int64), attempt.way), stream))
     return out
 
 
-def _starter(engine: Any, jobs: Jobs, streams: list[torch.cuda.Stream], kernel: bool) -> Callable[[], None]:
-    parts = engine.prepare(jobs, np.zeros(len(jobs), np.int64), len(streams), by_kernel=kernel)
-
+def _starter(parts: Any, stream: torch.cuda.Stream) -> Callable[[], None]:
     def start() -> None:
-        current = torch.cuda.current_stream()
-        for stream, part in zip(streams, parts, strict=True):
-            stream.wait_stream(current)
-            part(stream)
-            current.wait_stream(stream)
+        for begin in (parts.kernel, parts.engines):
+            if begin is not None:
+                begin(stream)
 
     return start
 
@@ -131,14 +133,16 @@ def _row(attempt: Try, world: World, store: dist.Store) -> dict[str, Any]:
     if not all(s[0] for s in said):
         return {"variant": attempt.name, "error": [s[1] for s in said if not s[0]]}
     seconds = [max(s[0][i] for s in said) for i in range(_REPEAT)]
-    span = attempt.gap or attempt.form.run + sum((a.size - 1) * max(a.src, a.dst) for a in attempt.form.axes)
-    phases = len(world.trainers) if attempt.way == "get" else len(world.generators)
-    moved = phases * (_BYTES // span) * attempt.form.num_bytes
+    phases = len(world.trainers) if attempt.side == "get" else len(world.generators)
+    moved = phases * (_BYTES // attempt.span) * attempt.form.num_bytes
     median = statistics.median(seconds)
     return {
         "variant": attempt.name,
         "seconds_median": median,
         "seconds_min": min(seconds),
         "host_s": max(s[1] for s in said),
-        "gb_per_s": moved / median / 1e9 * (1 if attempt.way == "get" else len(world.trainers) / len(world.generators)),
+        "gb_per_s": moved
+        / median
+        / 1e9
+        * (1 if attempt.side == "get" else len(world.trainers) / len(world.generators)),
     }

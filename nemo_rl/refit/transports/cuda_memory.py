@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,8 @@ from cuda.bindings import driver, runtime
 
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
-from nemo_rl.refit.transports.copy_engine import CopyEngine
+from nemo_rl.refit.transports.copy_engine import CopyEngine, Parts
 
-_NUM_STREAMS = 2  # one copy's start hides behind another's bytes
 _BEACONS: dict[int, tuple[torch.Tensor, bytes]] = {}
 
 
@@ -31,7 +31,7 @@ class CudaMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams: list[torch.cuda.Stream] = []
+        self._lanes: _Lanes | None = None
         self._open: dict[str, int] = {}
         self._engine = CopyEngine(device)
         self.staging_bytes = 0
@@ -93,16 +93,13 @@ class CudaMemory:
         """Addresses alone say where to read."""
         return 0
 
-    def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
-        """What starts `jobs` after all that the current stream was given, and before what it is given next."""
-        parts = self._engine.prepare(jobs, self._rooms(jobs), _NUM_STREAMS)
+    def prepare(self, peer: int, jobs: Jobs, ordered: bool = True) -> Callable[[], None]:
+        """What starts `jobs` before what the current stream is given next, and, `ordered`, after all it was given."""
+        parts = self._engine.prepare(jobs, self._rooms(jobs))
 
         def start() -> None:
-            current = torch.cuda.current_stream(self._device)
-            for stream, part in zip(self._side_streams(), parts, strict=True):
-                stream.wait_stream(current)
-                part(stream)
-                current.wait_stream(stream)
+            self._lanes = self._lanes or _Lanes(self._device)
+            self._lanes.start(parts, ordered)
 
         return start
 
@@ -114,13 +111,12 @@ class CudaMemory:
         return np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64)
 
     def mark(self) -> Callable[[], bool]:
-        """Whether the current stream has done what it was given so far. What that returns raises OSError."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
+        """Whether all copies that were started so far are done. What that returns raises OSError."""
+        events = [] if self._lanes is None else self._lanes.mark()
 
         def done() -> bool:
             try:
-                return bool(event.query())
+                return all(event.query() for event in events)
             except RuntimeError as error:
                 raise OSError(str(error)) from error
 
@@ -140,11 +136,6 @@ class CudaMemory:
             with torch.cuda.device(self._device):
                 runtime.cudaIpcCloseMemHandle(pointer)
 
-    def _side_streams(self) -> list[torch.cuda.Stream]:
-        if not self._streams:
-            self._streams = [torch.cuda.Stream(self._device) for _ in range(_NUM_STREAMS)]
-        return self._streams
-
     def _map(self, window: str) -> int:
         if window not in self._open:
             handle = runtime.cudaIpcMemHandle_t()
@@ -153,6 +144,38 @@ class CudaMemory:
             with torch.cuda.device(self._device):
                 self._open[window] = int(_ask(runtime.cudaIpcOpenMemHandle(handle, flag), "mapping memory")[0])
         return self._open[window]
+
+
+class _Lanes:
+    """Two streams of copies, one for engines and one for kernels, which batches go through one behind the other.
+
+    A kernel never runs ahead of the engines' batch, and engines are at most one batch ahead of kernels: neither waits
+    while the other ends a batch, and no batch is far from its place in the order that pairs ranks. Both come before
+    what else the device computes, such as digests of what landed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._engines, self._kernels = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+        self._behind: deque[torch.cuda.Event] = deque(maxlen=2)  # kernels of the last two batches
+
+    def start(self, parts: Parts, ordered: bool) -> None:
+        current = torch.cuda.current_stream(self._device)
+        lanes = (self._kernels, parts.kernel), (self._engines, parts.engines)
+        self._kernels.wait_stream(self._engines)
+        if len(self._behind) == 2:
+            self._engines.wait_event(self._behind[0])
+        for stream, begin in lanes:
+            if ordered:
+                stream.wait_stream(current)
+            if begin is not None:
+                begin(stream)
+        self._behind.append(self._kernels.record_event())
+        current.wait_stream(self._kernels)
+        current.wait_stream(self._engines)
+
+    def mark(self) -> list[torch.cuda.Event]:
+        return [self._engines.record_event(), self._kernels.record_event()]
 
 
 def _base(address: int) -> int:

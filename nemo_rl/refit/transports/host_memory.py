@@ -72,7 +72,7 @@ class HostMemory:
         """What stands for this process itself in `prepare`."""
         return os.getpid()
 
-    def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
+    def prepare(self, peer: int, jobs: Jobs, ordered: bool = True) -> Callable[[], None]:
         """What copies `jobs` from process `peer` into this one; it raises OSError where the memory is gone."""
         return lambda: self._read_all(peer, jobs)
 

@@ -63,8 +63,12 @@ class Memory(Protocol):
     def own(self) -> int:
         """What stands for this process itself in `prepare`."""
 
-    def prepare(self, peer: int, jobs: Jobs) -> Callable[[], None]:
-        """What starts copying `jobs`, as often as wanted; it raises OSError where the memory is gone."""
+    def prepare(self, peer: int, jobs: Jobs, ordered: bool = True) -> Callable[[], None]:
+        """What starts copying `jobs`, as often as wanted; it raises OSError where the memory is gone.
+
+        Args:
+            ordered: copies start behind all that this rank has started on the device, not only behind `fence`.
+        """
 
     def mark(self) -> Callable[[], bool]:
         """What tells whether all reads started so far are done; it raises OSError where one failed."""
@@ -264,14 +268,15 @@ class Peer:
         rows = Rows.of(views, tracker.layout)
         if same and ready is not None and rows.equals(ready.rows):
             return ready
-        batches = [[self._batch(indices, tracker, rows) for indices in parts] for parts in steps]
+        batches = [[self._batch(indices, tracker, rows, ordered=False) for indices in parts] for parts in steps]
         return _Ready(views, rows, dict(self._opened), batches)
 
-    def _batch(self, indices: np.ndarray, tracker: Tracker, rows: Rows) -> _Batch:
+    def _batch(self, indices: np.ndarray, tracker: Tracker, rows: Rows, ordered: bool = True) -> _Batch:
         giver = int(self._given.src_rank[indices[0]])
         peer, there = self._opened[giver]
         ends = (self._layouts[giver], there), (tracker.layout, rows)
-        return _Batch(giver, indices, self._memory.prepare(peer, jobs_of(self._plan, self._given, indices, *ends)))
+        jobs = jobs_of(self._plan, self._given, indices, *ends)
+        return _Batch(giver, indices, self._memory.prepare(peer, jobs, ordered))
 
     def _start(self, batch: _Batch, tracker: Tracker) -> None:
         try:

@@ -37,9 +37,13 @@ class StridedBatch:
     def _upload(self, planes: np.ndarray, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes, rows, cols)).to(self._device)
 
-    def launch(self) -> None:
-        """Start on the current stream."""
-        with torch.cuda.device(self._device):
+    @property
+    def num_launches(self) -> int:
+        return len(self._tables)
+
+    def launch(self, stream: torch.cuda.Stream) -> None:
+        """Start on `stream`."""
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
             for key, (planes, tiles) in self._tables.items():
                 _copy_tiles[(len(tiles),)](planes, tiles, *key, _NUM_FIELDS)
 
