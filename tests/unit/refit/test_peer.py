@@ -87,6 +87,37 @@ def test_copies_of_the_engine_make_up_a_box(seed):
     assert same_bytes(whole, expected)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_make_up_a_box(seed):
+    rng = random.Random(100 + seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = [rng.choice((1, 2, 5, 7)) for _ in range(rng.randint(0, 5))]
+    (src, _), (dst, whole) = (random_view(rng, shape, torch.int16, generator) for _ in range(2))
+    expected = whole.clone()
+    expected.as_strided(dst.shape, dst.stride()).copy_(src)
+    for there, here, size in copy_engine._pieces(src.data_ptr(), dst.data_ptr(), form_between(src, dst)).tolist():
+        ctypes.memmove(there, here, size)
+    assert same_bytes(whole, expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "run", "batched", "way"),
+    [
+        ((), 1 << 30, True, "pieces"),
+        ((), 3 << 19, True, "pieces"),
+        ((), 3 << 19, False, "kernel"),  # in calls of their own, short copies cost as much as their bytes
+        ((), 1 << 12, True, "kernel"),
+        ((2,), 3 << 19, True, "pieces"),
+        ((2048,), 768, True, "kernel"),
+        ((64 * 2048,), 768, True, "calls"),
+        ((1 << 20,), 64, True, "kernel"),
+    ],
+)
+def test_the_fastest_way_of_a_form(sizes, run, batched, way):
+    axes = tuple(Axis(size, 2 * run, run) for size in sizes)
+    assert copy_engine._fastest(Form(axes, run, 2), 1, batched) == way
+
+
 @pytest.mark.parametrize(("gap", "blocks"), [(0, 1), (40, 1), (None, 12)])
 def test_experts_at_constant_steps_are_one_copy(gap, blocks):
     """Halves of gate and up of 12 experts: in one trainer buffer, with `gap` between experts, or anywhere (None)."""
