@@ -8,10 +8,10 @@ generators make themselves.
     python scripts/bench_gpu.py --trainers 1 --generators 1 --layers 8 --variants links,peer
     python scripts/bench_gpu.py --device cpu --layers 1 --small --variants peer,gloo
 
-Variants: `links` (what the links give to contiguous and to strided copies: the ceilings), and any transport of a
-session, with ` no verify` behind it for one without digests. `auto` measures the links once, and variants after it have
-predictions. Columns: seconds of the slowest rank, median [min, max] over the repeats without the first; `transfer` is
-the phase in which bulk bytes move.
+Variants: `links` (what the links give to contiguous and to strided copies: the ceilings), `nccl links` (what grouped
+send/recv gives; `all nccl links` for every message size), and any transport of a session, with ` no verify` behind it
+for one without digests. `auto` measures the links once, and variants after it have predictions. Columns: seconds of the
+slowest rank, median [min, max] over the repeats without the first; `transfer` is the phase in which bulk bytes move.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,15 @@ from nemo_rl.refit.base import RefitOptions, RefitReport, World  # noqa: E402
 from nemo_rl.refit.session import RefitSession  # noqa: E402
 from scripts.bench_links import measure_links  # noqa: E402
 from scripts.bench_model import BenchLanding, BenchSource, Shape, generator_rows, trainer_rows  # noqa: E402
+from scripts.bench_nccl_links import measure_nccl_links  # noqa: E402
 
 log = logging.getLogger("bench_gpu")
 NO_VERIFY = " no verify"
+LINKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "links": measure_links,
+    "nccl links": measure_nccl_links,
+    "all nccl links": partial(measure_nccl_links, full=True),
+}
 SMALL = Shape(layers=1, hidden=64, experts=4, expert_hidden=32, heads=4, kv_heads=2, head_dim=16, vocab=128)
 
 
@@ -53,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trainers", type=int, default=2)
     p.add_argument("--generators", type=int, default=2)
     p.add_argument("--replicas", type=int, default=1, help="engines that the generators are, each with the whole model")
+    p.add_argument("--split", type=int, help="ranks of a side in the model's split, of which the first ones run")
     p.add_argument("--layers", type=int, default=48)
     p.add_argument("--small", action="store_true", help="tiny tensors, for a try")
     p.add_argument("--in-one-buffer", action="store_true", help="a trainer's experts of a layer, not a tensor each")
@@ -129,8 +137,8 @@ class Rank:
             self.meet(f"variant {number}")
             log.info("variant %s", variant)
             try:
-                if variant == "links":
-                    for row in measure_links(self.rank, self.world, self.store, self.device, self.meet):
+                if variant in LINKS:
+                    for row in LINKS[variant](self.rank, self.world, self.store, self.device, self.meet):
                         self.report(row)
                     continue
                 if source is None and landing is None:
@@ -144,12 +152,18 @@ class Rank:
 
     def load(self) -> tuple[BenchSource | None, BenchLanding | None]:
         shape = SMALL if self.options.small else Shape(layers=self.options.layers)
+        trainers, table = self.options.trainers, shape.held_by(self.options.trainers, self.split(self.options.trainers))
         if self.rank in self.world.trainers:
             one = self.options.in_one_buffer
-            rows = list(trainer_rows(shape, self.rank, self.options.trainers, self.device, one))
-            return BenchSource(shape.table(), rows), None
-        rank, size = self.rank - self.options.trainers, self.options.generators // self.options.replicas
-        return None, BenchLanding(list(generator_rows(shape, rank % size, size, self.device)))
+            rows = list(trainer_rows(shape, self.rank, self.split(trainers), self.device, one))
+            return BenchSource(table, rows), None
+        size = self.options.generators // self.options.replicas
+        rows = list(generator_rows(shape, (self.rank - trainers) % size, self.split(size), self.device))
+        return None, BenchLanding([row for row in rows if row[0] in table])
+
+    def split(self, count: int) -> int:
+        """Ranks of a side in the model's split, of which the first `count` run."""
+        return int(self.options.split or count)
 
     def session(self, variant: str, source: BenchSource | None, landing: BenchLanding | None) -> None:
         """A new session, refits of alternating weights, and one row."""
@@ -201,8 +215,9 @@ class Rank:
         transfer = [max(s["phases"]["transfer"][i] for s in said) for i in range(len(slowest))]
         each = said[self.world.generators[0]]["bytes"]
         return {
-            "case": f"EP{self.options.trainers} -> {self.options.replicas} x "
-            f"TP{self.options.generators // self.options.replicas}, {self.options.layers} layers"
+            "case": f"EP{self.split(self.options.trainers)} -> {self.options.replicas} x "
+            f"TP{self.split(self.options.generators // self.options.replicas)}, {self.options.layers} layers"
+            + (f", {self.world.size} ranks of it" if self.options.split else "")
             + (", experts in one buffer" if self.options.in_one_buffer else ""),
             "variant": variant,
             "seconds_median": statistics.median(slowest),

@@ -60,6 +60,15 @@ class Shape:
                 shapes[f"{prefix}.down_proj.weight"] = (h, self.expert_hidden)
         return {name: TensorMeta(shapes[name], self.dtype) for name in natural_order(shapes)}
 
+    def held_by(self, count: int, size: int) -> TensorTable:
+        """What the first `count` of `size` trainers hold."""
+        last = self.experts * count // size
+        return {
+            name: meta
+            for name, meta in self.table().items()
+            if ".experts." not in name or int(name.split(".experts.")[1].split(".")[0]) < last
+        }
+
 
 def _empty(shape: Shape, device: torch.device, *sizes: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=shape.dtype, device=device)

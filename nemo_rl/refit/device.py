@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,9 +17,14 @@ MULTICAST_OFF: Mapping[str, str] = {
 NVLink multicast needs a fabric manager that containers often lack, and can take all GPUs of a host out of service.
 """
 
+_LOOK_S = 0.1
 
-def finish(device: torch.device, end: float) -> None:
+
+def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: None) -> None:
     """Until the current stream of `device` is done; nothing to wait for on the CPU.
+
+    Args:
+        look: called ten times a second; what it raises ends the wait.
 
     Raises:
         TimeoutError: not done at `end` (monotonic).
@@ -29,9 +34,12 @@ def finish(device: torch.device, end: float) -> None:
         return
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(device))
-    pause = 20e-6
+    pause, looked = 20e-6, time.monotonic()
     while not done.query():
         if time.monotonic() > end:
             raise TimeoutError(f"work on {device} was not done within the deadline")
+        if time.monotonic() > looked + _LOOK_S:
+            look()
+            looked = time.monotonic()
         time.sleep(pause)
         pause = min(2 * pause, 1e-3)

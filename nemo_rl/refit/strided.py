@@ -190,3 +190,51 @@ def _ends(
     strides = np.zeros((len(chosen), copies.offsets.shape[1]), np.int64)
     strides[:, :ndim] = rows.strides[row, :ndim]
     return rows.address[row] + inner.sum(axis=1), strides
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where copies lie at one end: of each, address, bytes, size of an element, and sizes and strides in bytes.
+
+    `packed` are the strides of a contiguous row-major box; `dense` is whether the copy is one.
+    """
+
+    address: np.ndarray
+    num_bytes: np.ndarray
+    item: np.ndarray
+    sizes: np.ndarray
+    strides: np.ndarray
+    packed: np.ndarray
+
+    @property
+    def dense(self) -> np.ndarray:
+        found: np.ndarray = ((self.strides == self.packed) | (self.sizes == 1)).all(axis=1)
+        return found
+
+    def into(self, base: int) -> Jobs:
+        """Copies that pack the boxes one after another into a buffer at address `base`."""
+        return Jobs(self.address, self._behind(base), self._forms(self.strides, self.packed))
+
+    def out_of(self, base: int) -> Jobs:
+        """Copies that spread what `into` packed."""
+        return Jobs(self._behind(base), self.address, self._forms(self.packed, self.strides))
+
+    def _behind(self, base: int) -> np.ndarray:
+        found: np.ndarray = base + np.cumsum(self.num_bytes) - self.num_bytes
+        return found
+
+    def _forms(self, src: np.ndarray, dst: np.ndarray) -> tuple[Form, ...]:
+        columns = (self.sizes, src, dst)
+        keys = zip(*(map(tuple, column.tolist()) for column in columns), self.item.tolist(), strict=True)
+        return tuple(form_of(*key) for key in keys)
+
+
+def places(
+    plan: RefitPlan, copies: CopyTable, chosen: np.ndarray, row: np.ndarray, layout: Layout, rows: Rows
+) -> Places:
+    """Where copies `chosen` lie at the end whose rows `row` (one a copy) are of `layout` and lie as `rows` says."""
+    address, strides = _ends(copies, chosen, row, layout, rows)
+    item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)[copies.tensor[chosen]]
+    sizes = copies.sizes[chosen]
+    grown = np.concatenate([sizes, np.ones((len(chosen), 1), np.int64)], axis=1)[:, ::-1].cumprod(axis=1)[:, ::-1]
+    return Places(address, grown[:, 0] * item, item, sizes, strides, grown[:, 1:] * item[:, None])

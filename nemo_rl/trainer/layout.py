@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,28 +34,15 @@ class MegatronSource:
             ValueError: a tensor of the model is unknown to the family rule, or is in another dtype; all by name.
         """
         self._table = families.table(shape, dtype)
-        self._derive = partial(_derive, chunks, shape, dtype)
-        self._tensors = [t for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers())]
-        self._holdings, self._unused = self._derive()
-        self._seen = self._places()
+        self._holdings, self._unused = _derive(chunks, shape, dtype)
 
     def table(self) -> TensorTable:
         """Every Hugging Face tensor of the whole model, held by this rank or not."""
         return dict(self._table)
 
     def holdings(self) -> list[Holding]:
-        """Live views of this rank's weights, replicas included; they alias the storage that the optimizer updates.
-
-        The same objects again while no parameter got other storage: views of what it had before would send old weights,
-        and digests of those views would agree with them. Raises ValueError as the constructor does.
-        """
-        if self._places() != self._seen:
-            self._holdings, self._unused = self._derive()
-            self._seen = self._places()
+        """Live views of this rank's weights, replicas included; they alias the storage that the optimizer updates."""
         return list(self._holdings)
-
-    def _places(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
 
     def unused(self) -> Mapping[str, str]:
         """Megatron's entries that hold something but are no weights."""

@@ -97,7 +97,6 @@ def test_a_layout_computes_what_transformers_computes(model: Model, out: Path, n
         assert said["grad_norm"] < 1e-6
         assert said["grads"][0] < 5e-6, said["grads"][1]
         assert said["stable"], "views must stay valid over an optimizer step"
-        assert said["follows"], "views must not stay with storage that parameters left"
         assert said["moved"] > 1e-2, "the step must change the model"
         assert said["reference"] < 2e-6, "reference log-probabilities are those of the start weights"
         assert said["restored"], "the trained weights must come back bit for bit"

@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from nemo_rl.refit.transports.nccl_lanes import NcclLanes
+
 
 class _Work:
     """A transfer on a stream of NCCL's."""
@@ -37,6 +39,7 @@ class NcclChannel:
         self._device = device
         self._everyone = tuple(range(size))
         self._groups: dict[tuple[int, ...], dist.ProcessGroupNCCL] = {}
+        self._opened = 0
 
     def send(self, buffer: torch.Tensor, dst: int, tag: int) -> _Work:
         return _Work(self._group(self._everyone).send([buffer], dst, tag))
@@ -48,6 +51,13 @@ class NcclChannel:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = list(ranks).index(root), 0
         return _Work(self._group(tuple(ranks)).broadcast([buffer], options))
+
+    def lanes(self, count: int) -> NcclLanes:
+        """Lanes for parcels; all ranks open them in the same order. Raises TimeoutError where a rank does not come."""
+        self._opened += 1
+        store = dist.PrefixStore(f"nccl/lanes{self._opened}", self._store)
+        seconds = self._timeout.total_seconds()
+        return NcclLanes(store, self._rank, len(self._everyone), count, seconds, self._device)
 
     def close(self) -> None:
         """Abort what is in flight; idempotent."""

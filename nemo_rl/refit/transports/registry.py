@@ -23,7 +23,9 @@ from nemo_rl.refit.transports import peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
+from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.hardware import gpu_of, hardware_of
+from nemo_rl.refit.transports.lanes import HostLanes
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 
@@ -59,16 +61,21 @@ def _own_gpus(facts: Facts) -> str | None:
     return None
 
 
+def _grouped(setting: Setting) -> Grouped:
+    channel, lanes = setting.messages.channel, setting.messages.num_streams
+    return Grouped(setting, channel.lanes(lanes) if isinstance(channel, NcclChannel) else HostLanes(channel))
+
+
 def _messages(setting: Setting) -> Pipeline:
     return setting.messages
 
 
-TRANSPORTS: Mapping[str, Transport] = {
+TRANSPORTS: dict[str, Transport] = {
     transport.name: transport
     for transport in (
         Transport("gloo", _gloo_unsupported, _messages),
         Transport("peer", peer.unsupported, peer.Peer, one_sided=True),
-        Transport("nccl", _nccl_unsupported, _messages),
+        Transport("nccl", _nccl_unsupported, _grouped),
         Transport("golden", _any_one_device, Golden),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),
     )

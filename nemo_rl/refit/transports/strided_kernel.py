@@ -17,14 +17,20 @@ import triton.language as tl
 from nemo_rl.refit.strided import Axis, Form, Jobs
 
 _SHAPES = ((512, 8), (128, 32), (32, 128), (4, 1024))  # rows and columns of a tile, for few and for many columns
+_WIDE = _SHAPES[-1][1]
 _NUM_FIELDS = 8  # of a plane
 
 
 class StridedBatch:
-    """Copies `numbers` of `jobs`, as often as wanted; tables are made once and lie on `device`."""
+    """Copies `numbers` of `jobs`, as often as wanted; tables are made once and lie on `device`.
 
-    def __init__(self, jobs: Jobs, numbers: Sequence[int], device: torch.device) -> None:
-        self._device = device
+    Args:
+        programs: how many work on the copies of one launch at a time, to leave the device to others; None for all at
+            once, which is fastest.
+    """
+
+    def __init__(self, jobs: Jobs, numbers: Sequence[int], device: torch.device, programs: int | None = None) -> None:
+        self._device, self._programs = device, programs
         planes: dict[tuple[int, bool, int, int], list[tuple[int, ...]]] = {}
         for i in numbers:
             src, dst, form = int(jobs.src[i]), int(jobs.dst[i]), jobs.forms[i]
@@ -45,7 +51,8 @@ class StridedBatch:
         """Start on `stream`."""
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             for key, (planes, tiles) in self._tables.items():
-                _copy_tiles[(len(tiles),)](planes, tiles, *key, _NUM_FIELDS)
+                grid = (min(len(tiles), self._programs or len(tiles)),)
+                _copy_tiles[grid](planes, tiles, len(tiles), *key, _NUM_FIELDS)
 
 
 def widest_item(src: int, dst: int, form: Form) -> int:
@@ -61,6 +68,13 @@ def _planes(src: int, dst: int, form: Form, item: int) -> Iterator[tuple[int, ..
     rest = [a for a in axes if a is not col]
     row = max(rest, key=lambda a: a.size, default=Axis(1, 0, 0))
     outer = [a for a in rest if a is not row]
+    if not rest and col.size > _WIDE:  # one long range: rows of it fill a tile
+        whole = col.size // _WIDE * _WIDE
+        step = _WIDE * col.src // item, _WIDE * col.dst // item
+        yield src, dst, whole // _WIDE, *step, _WIDE, col.src // item, col.dst // item
+        src, dst, col = src + whole * col.src, dst + whole * col.dst, Axis(col.size - whole, col.src, col.dst)
+        if not col.size:
+            return
     strides = (row.size, row.src // item, row.dst // item, col.size, col.src // item, col.dst // item)
     for index in itertools.product(*(range(a.size) for a in outer)):
         there = src + sum(i * a.src for i, a in zip(index, outer, strict=True))
@@ -82,38 +96,40 @@ def _tiles(planes: np.ndarray, rows: int, cols: int) -> np.ndarray:
 def _copy_tiles(  # type: ignore[no-untyped-def]
     planes,
     tiles,
+    num_tiles,
     ITEM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    plane = planes + tl.load(tile).to(tl.int64) * FIELDS
-    src, dst = tl.load(plane), tl.load(plane + 1)
-    src_step, dst_step, num_cols = tl.load(plane + 3), tl.load(plane + 4), tl.load(plane + 5)
-    if ITEM == 16:  # two items of 8 bytes, known to lie together
-        src, dst = tl.multiple_of(src, 16), tl.multiple_of(dst, 16)
-        src_step, dst_step = tl.multiple_of(src_step, 2), tl.multiple_of(dst_step, 2)
-        num_cols = tl.multiple_of(num_cols, 2)
-    rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, ROWS)
-    first = tl.multiple_of(tl.load(tile + 2), COLS).to(tl.int64)
-    cols = first + tl.arange(0, COLS)
-    inside = (rows < tl.load(plane + 2))[:, None] & (cols < num_cols)[None, :]
-    there, here = cols, cols
-    if not UNIT:
-        there, here = cols * tl.load(plane + 6), cols * tl.load(plane + 7)
-    there = rows[:, None] * src_step + there[None, :]
-    here = rows[:, None] * dst_step + here[None, :]
-    if ITEM == 1:
-        bits8 = tl.load(src.to(tl.pointer_type(tl.uint8)) + there, mask=inside)
-        tl.store(dst.to(tl.pointer_type(tl.uint8)) + here, bits8, mask=inside)
-    elif ITEM == 2:
-        bits16 = tl.load(src.to(tl.pointer_type(tl.int16)) + there, mask=inside)
-        tl.store(dst.to(tl.pointer_type(tl.int16)) + here, bits16, mask=inside)
-    elif ITEM == 4:
-        bits32 = tl.load(src.to(tl.pointer_type(tl.int32)) + there, mask=inside)
-        tl.store(dst.to(tl.pointer_type(tl.int32)) + here, bits32, mask=inside)
-    else:
-        bits64 = tl.load(src.to(tl.pointer_type(tl.int64)) + there, mask=inside)
-        tl.store(dst.to(tl.pointer_type(tl.int64)) + here, bits64, mask=inside)
+    for number in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = tiles + number * 3
+        plane = planes + tl.load(tile).to(tl.int64) * FIELDS
+        src, dst = tl.load(plane), tl.load(plane + 1)
+        src_step, dst_step, num_cols = tl.load(plane + 3), tl.load(plane + 4), tl.load(plane + 5)
+        if ITEM == 16:  # two items of 8 bytes, known to lie together
+            src, dst = tl.multiple_of(src, 16), tl.multiple_of(dst, 16)
+            src_step, dst_step = tl.multiple_of(src_step, 2), tl.multiple_of(dst_step, 2)
+            num_cols = tl.multiple_of(num_cols, 2)
+        rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, ROWS)
+        first = tl.multiple_of(tl.load(tile + 2), COLS).to(tl.int64)
+        cols = first + tl.arange(0, COLS)
+        inside = (rows < tl.load(plane + 2))[:, None] & (cols < num_cols)[None, :]
+        there, here = cols, cols
+        if not UNIT:
+            there, here = cols * tl.load(plane + 6), cols * tl.load(plane + 7)
+        there = rows[:, None] * src_step + there[None, :]
+        here = rows[:, None] * dst_step + here[None, :]
+        if ITEM == 1:
+            bits8 = tl.load(src.to(tl.pointer_type(tl.uint8)) + there, mask=inside)
+            tl.store(dst.to(tl.pointer_type(tl.uint8)) + here, bits8, mask=inside)
+        elif ITEM == 2:
+            bits16 = tl.load(src.to(tl.pointer_type(tl.int16)) + there, mask=inside)
+            tl.store(dst.to(tl.pointer_type(tl.int16)) + here, bits16, mask=inside)
+        elif ITEM == 4:
+            bits32 = tl.load(src.to(tl.pointer_type(tl.int32)) + there, mask=inside)
+            tl.store(dst.to(tl.pointer_type(tl.int32)) + here, bits32, mask=inside)
+        else:
+            bits64 = tl.load(src.to(tl.pointer_type(tl.int64)) + there, mask=inside)
+            tl.store(dst.to(tl.pointer_type(tl.int64)) + here, bits64, mask=inside)

@@ -45,23 +45,8 @@ def probe(rank: int, meet: str, folder: str, parallel: Parallel, out: str, **cha
     said["restored"] = torch.equal(policy.logprobs(ids), after)
     said["after"] = after
     said["metrics"] = metrics
-    said["follows"] = _follows_other_storage(policy)
     policy.close()
     return said
-
-
-def _follows_other_storage(policy: MegatronPolicy) -> bool:
-    """Whether holdings, which were others before, are of the storage that every parameter is given."""
-    before = policy.source().holdings()
-    for parameter in (p for chunk in policy._chunks for p in chunk.parameters()):
-        parameter.data = parameter.data.clone()
-    live = {
-        t.untyped_storage().data_ptr() for chunk in policy._chunks for t in chunk.state_dict().values() if t is not None
-    }
-    after = policy.source().holdings()
-    here, there = ({h.view.untyped_storage().data_ptr() for h in found} for found in (after, before))
-    same = [(h.fqn, h.region) for h in after] == [(h.fqn, h.region) for h in before]
-    return same and here <= live and not there <= live and policy.source().holdings()[0] is after[0]
 
 
 def resume(rank: int, meet: str, folder: str, parallel: Parallel, out: str) -> tuple[list[float], float]:

@@ -1,0 +1,237 @@
+"""Parcels over lanes: the mover of ranks that pass messages, at the speed of large ones.
+
+A parcel that is one contiguous range at an end is sent from there or received there; any other is packed into a slot or
+spread out of one by one prepared launch. Receivers choose the order of bytes (`parcels.wire_order`), so that most bytes
+are packed on one side only. The host posts everything ahead: slots are guarded by what the stream waits for, and on
+GPUs the host itself waits only at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.packed import pack, unpack
+from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
+from nemo_rl.refit.plan import CopyTable
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.strided import Rows, jobs_of
+from nemo_rl.refit.transports import parcels
+from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
+from nemo_rl.refit.transports.loads import End, Load, Views
+from nemo_rl.refit.transports.mover import Setting
+from nemo_rl.refit.transports.parcels import Order, Parcel, groups_of, parcels_of, wire_order
+
+
+@dataclass(frozen=True, eq=False)
+class _Posted:
+    """A group that was posted, and what still has to be done with it."""
+
+    outgoing: Sequence[Load]
+    incoming: Sequence[Load]
+    flight: Flight | None
+
+
+class Grouped:
+    """The mover of one rank; see the module.
+
+    Args:
+        lanes: as many as the session has streams; closed with the mover.
+    """
+
+    def __init__(self, setting: Setting, lanes: Lanes) -> None:
+        self._setting, self._lanes = setting, lanes
+        self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
+        self._depth = setting.messages.num_streams + 1  # one is packed or spread while lanes are busy
+        self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
+        self._groups: list[list[Parcel]] | None = None
+        self._seen: Callable[[int, Region], object] | None = None
+
+    def run(
+        self,
+        copies: CopyTable,
+        src_view: Callable[[int, Region], torch.Tensor],
+        tracker: Tracker | None,
+        deadline_s: float,
+    ) -> Traffic:
+        """See `Mover.run`. Raises TransferError naming the peers, round and parameter that this rank waited for."""
+        end = time.monotonic() + deadline_s
+        moved = self._place(copies, src_view, tracker)
+        if self._groups is None or moved:
+            self._groups = self._groups or self._agree(copies, tracker)
+            self._fit(copies, self._groups, tracker)
+        posted: list[_Posted] = []
+        for number, group in enumerate(self._groups):
+            if number >= self._depth:
+                self._settle(posted[number - self._depth], copies, tracker, end)
+            posted.append(self._post(number, group, copies, tracker))
+        for one in posted[-self._depth :]:
+            self._settle(one, copies, tracker, end)
+        self._finish(posted, copies, end)
+        return Traffic(*copies.wire_bytes(self._rank), self._out.staging_bytes + self._in.staging_bytes)
+
+    def close(self) -> None:
+        self._lanes.close()
+
+    # ---- before the first byte
+
+    def _place(
+        self, copies: CopyTable, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None
+    ) -> bool:
+        """Find out where rows lie; whether any lies elsewhere than in the last refit."""
+        moved = False
+        sends = copies.src_rank == self._rank
+        if sends.any() and src_view is not self._seen:
+            self._seen, layout = src_view, self._setting.sources[self._rank]
+            used = np.unique(copies.src_row[sends]).tolist()
+            moved = self._out.place({row: src_view(row, layout.region(row)) for row in used}, layout)
+        if tracker is not None and self._lands_in_place(copies, tracker).any():
+            moved |= self._in.place(tracker.rows(IN_PLACE), tracker.layout)
+        return moved
+
+    def _lands_in_place(self, copies: CopyTable, tracker: Tracker) -> np.ndarray:
+        found: np.ndarray = copies.dst_rank == self._rank
+        found[found] = tracker.layout.unit[copies.dst_row[found]] == IN_PLACE
+        return found
+
+    def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
+        """Tell every source in which order its bytes come, hear it from every destination."""
+        own = np.flatnonzero((copies.src_rank == self._rank) | (copies.dst_rank == self._rank))
+        pairs = {(int(copies.src_rank[i]), int(copies.dst_rank[i])) for i in own}
+        orders = {}
+        if tracker is not None:
+            lands = self._lands_in_place(copies, tracker)
+            orders = {pair: self._order(copies, pair, lands) for pair in pairs if pair[1] == self._rank}
+        said = self._setting.control.exchange(
+            "transfer",
+            {src: pack([], {"copies": o.copies, "ends": o.ends}) for (src, _), o in orders.items()},
+            sorted(dst for src, dst in pairs if src == self._rank),
+        )
+        for dst, told in said.items():
+            orders[self._rank, dst] = Order(**unpack(told)[1])
+        lanes = self._setting.messages.num_streams
+        num_bytes = self._num_bytes(copies)
+        return groups_of(parcels_of(self._rank, self._world, copies, num_bytes, orders, lanes, self._limit))
+
+    def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray) -> Order:
+        """Of what this rank gets from `pair[0]` into final storage."""
+        of_pair = np.flatnonzero((copies.src_rank == pair[0]) & (copies.dst_rank == pair[1]))
+        chosen = np.flatnonzero(lands[of_pair])
+        if not len(chosen):
+            return Order(chosen, chosen)
+        where, room = self._in.places(copies, of_pair[chosen]), self._in.rooms(copies, of_pair[chosen])
+        order, ends = wire_order(where.address, where.num_bytes, where.item, room, where.dense, self._limit)
+        return Order(chosen[order], ends)
+
+    def _num_bytes(self, copies: CopyTable) -> np.ndarray:
+        item = np.array([m.dtype.itemsize for m in self._plan.table.values()], np.int64)
+        num_bytes: np.ndarray = copies.sizes.prod(axis=1) * item[copies.tensor]
+        return num_bytes
+
+    @property
+    def _limit(self) -> int:
+        return max(parcels.PARCEL_BYTES, self._plan.bucket_bytes)
+
+    def _fit(self, copies: CopyTable, groups: Sequence[Sequence[Parcel]], tracker: Tracker | None) -> None:
+        for number, group in enumerate(groups):
+            for parcel in group:
+                if parcel.src_rank == parcel.dst_rank:
+                    continue
+                if parcel.src_rank == self._rank:
+                    self._out.fit(number, copies, parcel, opens_later=False)
+                else:
+                    assert tracker is not None
+                    self._in.fit(number, copies, parcel, not self._final(copies, parcel, tracker))
+
+    def _final(self, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> bool:
+        """Whether all of a parcel lands in final storage."""
+        return bool((tracker.layout.unit[copies.dst_row[parcel.copies]] == IN_PLACE).all())
+
+    # ---- one group
+
+    def _post(self, number: int, group: Sequence[Parcel], copies: CopyTable, tracker: Tracker | None) -> _Posted:
+        """Pack what leaves and start the group, behind all that the current stream was given."""
+        outgoing, incoming = [], []
+        for parcel in group:
+            if parcel.src_rank == parcel.dst_rank:
+                assert tracker is not None
+                self._copy_locally(copies, parcel, tracker)
+            elif parcel.src_rank == self._rank:
+                outgoing.append(load := self._out.load(number, copies, parcel))
+                if load.copy is not None:
+                    load.copy()
+            else:
+                assert tracker is not None
+                incoming.append(self._room(number, copies, parcel, tracker))
+        sends = [Post(load.buffer, load.parcel.dst_rank, load.parcel.number) for load in outgoing]
+        recvs = [Post(load.buffer, load.parcel.src_rank, load.parcel.number) for load in incoming]
+        flight = self._lanes.exchange(group[0].lane, sends, recvs) if sends or recvs else None
+        return _Posted(outgoing, incoming, flight)
+
+    def _room(self, number: int, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> Load:
+        if self._final(copies, parcel, tracker):
+            return self._in.load(number, copies, parcel)
+        return self._in.load_into(number, copies, parcel, self._opened(copies, parcel, tracker), tracker.layout)
+
+    def _opened(self, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> Views:
+        units = np.unique(tracker.layout.unit[copies.dst_row[parcel.copies]]).tolist()
+        return {row: view for unit in units for row, view in tracker.rows(unit).items()}
+
+    def _copy_locally(self, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> None:
+        views = self._opened(copies, parcel, tracker)
+        there = self._setting.sources[self._rank], self._out.rows
+        here = tracker.layout, Rows.of(views, tracker.layout)
+        self._lanes.prepare(jobs_of(self._plan, copies, parcel.copies, there, here))()
+        tracker.landed(parcel.copies)
+
+    def _settle(self, posted: _Posted, copies: CopyTable, tracker: Tracker | None, end: float) -> None:
+        """What comes next on the current stream finds the group's bytes in place and its slots free."""
+        if posted.flight is None:
+            return
+        try:
+            posted.flight.wait(end - time.monotonic())
+        except RuntimeError as error:
+            raise self._failed([posted], copies, str(error)) from error
+        for load in posted.incoming:
+            assert tracker is not None
+            if load.copy is not None:
+                load.copy()
+            tracker.landed(load.parcel.copies)
+
+    # ---- the end
+
+    def _finish(self, posted: Sequence[_Posted], copies: CopyTable, end: float) -> None:
+        try:
+            self._lanes.finish(end, lambda: self._setting.control.raise_if_aborted("transfer"))
+        except TimeoutError as error:
+            late = [one for one in posted if one.flight is not None and not one.flight.done()]
+            raise self._failed(
+                late, copies, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were"
+            ) from error
+
+    def _failed(self, late: Sequence[_Posted], copies: CopyTable, text: str) -> TransferError:
+        """Names the first group that is not done."""
+        loads = [load.parcel for one in late for load in (*one.outgoing, *one.incoming)][:1]
+        waits = "; ".join(self._describe(parcel, copies) for parcel in loads) or "on this device alone"
+        peers = {p.dst_rank if p.src_rank == self._rank else p.src_rank for p in loads}
+        names = " and ".join(self._world.describe(r) for r in sorted(peers)) or "this rank's device"
+        return TransferError(
+            f"{waits}: {text}",
+            rank=self._rank,
+            phase="transfer",
+            remedy=f"check whether {names} is alive and reachable; remake the session",
+        )
+
+    def _describe(self, parcel: Parcel, copies: CopyTable) -> str:
+        sends = parcel.src_rank == self._rank
+        peer = self._world.describe(parcel.dst_rank if sends else parcel.src_rank)
+        first = self._plan.copy(copies, int(parcel.copies[0]))
+        return (
+            f"{'sending to' if sends else 'receiving from'} {peer} in round {parcel.key[1]}, parcel {parcel.number} "
+            f"({len(parcel.copies)} copies, {parcel.num_bytes} bytes, first {first.fqn} {first.region})"
+        )

@@ -1,0 +1,82 @@
+"""What carries parcels: lanes on which groups of sends and receives are posted, and what packs and unpacks them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nemo_rl.refit.strided import Jobs
+from nemo_rl.refit.transports.base import Channel, Pending
+from nemo_rl.refit.transports.host_memory import HostMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One buffer (uint8, contiguous) to or from rank `peer`; `tag` is the parcel's number among those of the pair."""
+
+    buffer: torch.Tensor
+    peer: int
+    tag: int
+
+
+class Flight(Pending, Protocol):
+    """A group that was posted."""
+
+    def done(self) -> bool:
+        """Whether all of it arrived; never waits."""
+
+
+class Lanes(Protocol):
+    """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
+
+    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
+        """Start a group after what the current stream was given so far; ranks' groups of a lane match in order."""
+
+    def prepare(self, jobs: Jobs) -> Callable[[], None]:
+        """What starts copying `jobs` within this rank on the current stream, as often as wanted."""
+
+    def finish(self, end: float, look: Callable[[], None]) -> None:
+        """Until the current stream is done; calls `look` now and then. Raises TimeoutError at `end` (monotonic)."""
+
+    def close(self) -> None:
+        """Abort what is in flight; idempotent."""
+
+
+class _HostFlight:
+    def __init__(self, pending: Sequence[Pending]) -> None:
+        self._pending, self._done = pending, False
+
+    def wait(self, deadline_s: float) -> None:
+        end = time.monotonic() + deadline_s
+        for one in self._pending:
+            one.wait(end - time.monotonic())
+        self._done = True
+
+    def done(self) -> bool:
+        return self._done
+
+
+class HostLanes:
+    """The same on CPU tensors, over any channel: messages match by tag, so that lanes are one and the same."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._memory = channel, HostMemory()
+
+    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _HostFlight:
+        started: list[Pending] = [self._channel.send(p.buffer, p.peer, p.tag) for p in sends]
+        started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]
+        return _HostFlight(started)
+
+    def prepare(self, jobs: Jobs) -> Callable[[], None]:
+        return self._memory.prepare(os.getpid(), jobs)
+
+    def finish(self, end: float, look: Callable[[], None]) -> None:
+        """Flights were waited for one by one."""
+
+    def close(self) -> None:
+        """The channel belongs to the session."""

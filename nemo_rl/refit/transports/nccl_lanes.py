@@ -1,0 +1,109 @@
+"""Lanes between GPUs: a communicator each, made when the plan is agreed on and aborted on failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nemo_rl.refit.device import finish
+from nemo_rl.refit.strided import Jobs
+from nemo_rl.refit.transports.lanes import Post
+
+PACK_PROGRAMS = 64
+"""Programs that pack or spread a parcel: enough to be ahead of the wire, few enough to leave it its bandwidth."""
+
+_NEVER = timedelta(days=7)  # deadlines are kept by who waits; torch's own would end the process
+
+
+class _NcclFlight:
+    """A group on its lane's stream."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+
+    def wait(self, deadline_s: float) -> None:
+        """What the current stream is given next comes after the group; the host waits for nothing, `finish` does."""
+        self._work.wait()
+
+    def done(self) -> bool:
+        return bool(self._work.is_completed())
+
+
+class NcclLanes:
+    """`count` communicators over all ranks, each with a stream of its own.
+
+    Args:
+        store: rendezvous, not used for lanes before; every rank of the session connects through it.
+        rank, size: in the session's world.
+        deadline_s: longest wait for the communicators.
+
+    Raises:
+        TimeoutError: some rank did not connect.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, count: int, deadline_s: float, device: torch.device
+    ) -> None:
+        self._device = device
+        self._groups: list[dist.ProcessGroupNCCL] = []
+        within(deadline_s, lambda: self._connect(store, rank, size, count), "making NCCL communicators")
+
+    def _connect(self, store: dist.Store, rank: int, size: int, count: int) -> None:
+        with torch.cuda.device(self._device):
+            for lane in range(count):
+                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                options._timeout = _NEVER
+                group = dist.ProcessGroupNCCL(dist.PrefixStore(f"lane{lane}", store), rank, size, options)
+                group.eager_connect_single_device(self._device)
+                self._groups.append(group)
+
+    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _NcclFlight:
+        group = self._groups[lane]
+        group._start_coalescing()
+        try:
+            for post in sends:
+                group.send([post.buffer], post.peer, post.tag)
+            for post in recvs:
+                group.recv([post.buffer], post.peer, post.tag)
+        finally:
+            work = group._end_coalescing()
+        return _NcclFlight(work)
+
+    def prepare(self, jobs: Jobs) -> Callable[[], None]:
+        from nemo_rl.refit.transports.strided_kernel import StridedBatch  # Triton comes with CUDA builds of torch
+
+        batch = StridedBatch(jobs, range(len(jobs)), self._device, PACK_PROGRAMS)
+        return lambda: batch.launch(torch.cuda.current_stream(self._device))
+
+    def finish(self, end: float, look: Callable[[], None]) -> None:
+        finish(self._device, end, look)
+
+    def close(self) -> None:
+        """Abort what is in flight; idempotent."""
+        while self._groups:
+            self._groups.pop().abort()
+
+
+def within(deadline_s: float, work: Callable[[], None], what: str) -> None:
+    """Do `work` in a thread. Raises TimeoutError where it takes longer, and what it raises."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    started = time.monotonic()
+    thread.start()
+    thread.join(deadline_s)
+    if thread.is_alive():
+        raise TimeoutError(f"{what} took longer than {time.monotonic() - started:.0f} s")
+    if failures:
+        raise failures[0]

@@ -1,0 +1,196 @@
+"""How the copies of a pair of ranks become parcels: large transfers, in an order on which all ranks agree.
+
+The receiver says once in which order bytes come, which is the order of its own memory: what lies together there then
+arrives straight in place, however strewn it is at the sender. Nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_rl.refit.base import World
+from nemo_rl.refit.plan import CopyTable
+
+PARCEL_BYTES = 64 << 20
+"""Of a parcel at most, where no single message of the plan is longer: NCCL's fixed cost is then a few percent."""
+
+LEAST_IN_PLACE = 4 << 20
+"""Bytes of a contiguous range from which on it is worth a parcel of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a receiver tells a sender: copies of the pair, by their number among those of the pair, in wire order.
+
+    `ends[i]` is how many of them parcels `0 .. i` carry. Copies of the pair that are not named follow in plan order.
+    """
+
+    copies: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """One transfer of a pair.
+
+    Every rank posts its parcels by ascending key and lane, those of one key and lane together. Two parcels of one key
+    have neither sender nor receiver in common. What a group waits for on any rank, be it its lane or a slot, was posted
+    before it there. So the unfinished groups with the smallest key and lane wait for nothing but each other, and all of
+    them are there: no cycle of waiting ranks, no deadlock, whatever the number of lanes and slots.
+
+    Attributes:
+        copies: numbers in the table, in wire order; densely packed, each row-major.
+        number: position among the parcels of the pair.
+    """
+
+    key: tuple[int, int, int]
+    lane: int
+    src_rank: int
+    dst_rank: int
+    number: int
+    copies: np.ndarray
+    num_bytes: int
+
+
+def wire_order(
+    address: np.ndarray, num_bytes: np.ndarray, item: np.ndarray, room: np.ndarray, dense: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order and ends of one pair's copies that land in final storage; all arguments have one entry a copy.
+
+    Args:
+        address: of the first byte at the receiver.
+        item: bytes of an element; packed parcels go from large items to small ones, which keeps all of them aligned.
+        room: the storage; a range lies in one.
+        dense: whether the copy is one contiguous range at the receiver.
+        limit: bytes of a parcel; a longer copy is a parcel of its own.
+    """
+    order = np.lexsort((address, room, ~dense))
+    runs: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
+    for run in np.split(order, np.flatnonzero(_breaks(address, num_bytes, room, dense, order)) + 1):
+        whole = len(run) and dense[run[0]] and int(num_bytes[run].sum()) >= min(LEAST_IN_PLACE, limit)
+        (runs if whole else rest).append(run)
+    parcels = [part for run in runs for part in _even(run, num_bytes, limit)]
+    strewn = np.concatenate([np.zeros(0, np.int64), *rest]).astype(np.int64)
+    strewn = strewn[np.argsort(-item[strewn], kind="stable")]
+    parcels += _filled(strewn, num_bytes, limit)
+    ends = np.cumsum([len(part) for part in parcels]).astype(np.int64)
+    return np.concatenate([np.zeros(0, np.int64), *parcels]).astype(np.int64), ends
+
+
+def _breaks(
+    address: np.ndarray, num_bytes: np.ndarray, room: np.ndarray, dense: np.ndarray, order: np.ndarray
+) -> np.ndarray:
+    """Whether a range ends between neighbours of `order`."""
+    a, b = order[:-1], order[1:]
+    together = dense[a] & dense[b] & (room[a] == room[b]) & (address[a] + num_bytes[a] == address[b])
+    broken: np.ndarray = ~together
+    return broken
+
+
+def _even(copies: np.ndarray, num_bytes: np.ndarray, limit: int) -> list[np.ndarray]:
+    """Parts of about the same length, each at most `limit` or one copy."""
+    total = np.cumsum(num_bytes[copies])
+    count = -(-int(total[-1]) // limit)
+    while True:
+        cuts = np.searchsorted(total, np.arange(1, count) * (total[-1] / count))
+        parts = [part for part in np.split(copies, cuts) if len(part)]
+        if count >= len(copies) or all(num_bytes[part].sum() <= limit for part in parts):
+            return parts
+        count += 1
+
+
+def _filled(copies: np.ndarray, num_bytes: np.ndarray, limit: int) -> list[np.ndarray]:
+    """Parts that are filled up to `limit` one after the other."""
+    total = np.concatenate([[0], np.cumsum(num_bytes[copies])])
+    parts, start = [], 0
+    while start < len(copies):
+        stop = max(start + 1, int(np.searchsorted(total, total[start] + limit, "right")) - 1)
+        parts.append(copies[start:stop])
+        start = stop
+    return parts
+
+
+def parcels_of(
+    rank: int,
+    world: World,
+    copies: CopyTable,
+    num_bytes: np.ndarray,
+    orders: Mapping[tuple[int, int], Order],
+    lanes: int,
+    limit: int,
+) -> list[Parcel]:
+    """All parcels that `rank` sends, receives or copies within itself, by ascending key.
+
+    Args:
+        num_bytes: of every copy.
+        limit: bytes of a parcel.
+        orders: (source, destination) -> what the destination said; the same at both ends.
+    """
+    own = (copies.src_rank == rank) | (copies.dst_rank == rank)
+    pairs = np.unique(np.stack([copies.src_rank[own], copies.dst_rank[own]], axis=1), axis=0)
+    found = [
+        p for src, dst in pairs.tolist() for p in _of_pair(src, dst, world, copies, num_bytes, orders, lanes, limit)
+    ]
+    return sorted(found, key=lambda parcel: (parcel.key, parcel.lane))
+
+
+def _of_pair(
+    src: int,
+    dst: int,
+    world: World,
+    copies: CopyTable,
+    num_bytes: np.ndarray,
+    orders: Mapping[tuple[int, int], Order],
+    lanes: int,
+    limit: int,
+) -> list[Parcel]:
+    mine = np.flatnonzero((copies.src_rank == src) & (copies.dst_rank == dst))
+    order = orders[src, dst]
+    parts = np.split(mine[order.copies], order.ends[:-1]) if len(order.ends) else []
+    phase = _phase(src, dst, world)
+    found = [((0, number, phase), part) for number, part in enumerate(parts)]
+    named = np.zeros(len(copies), bool)
+    named[mine[order.copies]] = True
+    found += [((1, first, 0), part) for first, part in _by_round(copies, src, dst, named, num_bytes, limit)]
+    return [
+        Parcel(key, (number + phase) % lanes, src, dst, number, part, int(num_bytes[part].sum()))
+        for number, (key, part) in enumerate(found)
+    ]
+
+
+def _phase(src: int, dst: int, world: World) -> int:
+    """Pairs of one phase have no rank in common on the same side; in one phase a rank has one peer each way."""
+    size = max(len(world.trainers), len(world.generators))
+    return (world.generators.index(dst) - world.trainers.index(src)) % size
+
+
+def _by_round(
+    copies: CopyTable, src: int, dst: int, named: np.ndarray, num_bytes: np.ndarray, limit: int
+) -> Iterable[tuple[int, np.ndarray]]:
+    """(round of its first message, copies) of parcels that are made of whole messages of the plan, in its order."""
+    messages = copies.messages[(copies.messages[:, 1] == src) & (copies.messages[:, 2] == dst)]
+    parcel: list[np.ndarray] = []
+    first, filled = 0, 0
+    for number, _, _, lo, hi, _ in messages.tolist():
+        part = np.arange(lo, hi)[~named[lo:hi]]
+        size = int(num_bytes[part].sum())
+        if parcel and filled + size > limit:
+            yield first, np.concatenate(parcel)
+            parcel, filled = [], 0
+        if size:
+            first, filled = first if parcel else number, filled + size
+            parcel.append(part)
+    if parcel:
+        yield first, np.concatenate(parcel)
+
+
+def groups_of(parcels: Sequence[Parcel]) -> list[list[Parcel]]:
+    """Parcels that are posted together: those of one key and lane."""
+    groups: dict[tuple[tuple[int, int, int], int], list[Parcel]] = {}
+    for parcel in parcels:
+        groups.setdefault((parcel.key, parcel.lane), []).append(parcel)
+    return list(groups.values())

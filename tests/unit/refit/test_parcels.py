@@ -1,0 +1,281 @@
+"""Parcels over lanes without GPUs: who sends what in which order, that nobody waits in a circle, and equality."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.planner import plan_refit
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.transports import parcels, registry
+from nemo_rl.refit.transports.inproc import Hub, InprocChannel
+from nemo_rl.refit.transports.mover import Transport
+
+from .layouts import random_table, shard_out
+from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
+
+WHOLE = Region.whole
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The mover of `nccl` over channels of CPU tensors, with small parcels."""
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    monkeypatch.setattr(parcels, "PARCEL_BYTES", 1024)
+    monkeypatch.setattr(parcels, "LEAST_IN_PLACE", 64)
+
+
+def full_model(table, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_bytes(meta.shape, meta.dtype, generator) for name, meta in table.items()}
+
+
+def check(landing, full):
+    for (fqn, region), storage in zip(landing.rows, landing.storage, strict=True):
+        assert same_bytes(storage, full[fqn][region.slices_in(WHOLE(tuple(full[fqn].shape)))]), f"{fqn} {region}"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_three_refits_are_equal(seed, on_cpu):
+    rng = random.Random(seed)
+    table = random_table(rng, 8)
+    trainers, generators = rng.randint(1, 4), rng.randint(1, 4)
+    src, dst = shard_out(rng, table, trainers), shard_out(rng, table, generators)
+    full = full_model(table, seed)
+    sources = [PlainSource.of(full, table, rows) for rows in src]
+    landings = [
+        PlainLanding(rows, [rng.choice((-1, i // 2)) for i in range(len(rows))], seed=i) for i, rows in enumerate(dst)
+    ]
+    options = RefitOptions("nccl", rng.choice((1024, 4096)), rng.randint(1, 3), deadline_s=20)
+    sim = SimulatedWorld(sources, landings, options)
+    raise_any(plans := sim.start())
+    for version in range(3):
+        full = full_model(table, seed + version)
+        for source in sources:
+            source.load(full)
+            if version == 2:  # the same regions in other storage
+                source.held = [replace(h, view=h.view.clone()) for h in source.held]
+        for landing in landings:
+            landing.scramble()
+            if version == 2:
+                landing.storage = [t.clone() for t in landing.storage]
+        raise_any(reports := sim.refit(version))
+        for landing in landings:
+            check(landing, full)
+        assert sum(r.bulk_bytes for r in reports.values()) == 2 * plans[0].required_bytes
+        limit = max(options.bucket_bytes, 1024)
+        assert all(r.staging_bytes <= (options.num_streams + 1) * limit for r in reports.values())
+
+
+def two_sides(rng, trainers, generators, units=False):
+    table = make_table({f"layers.{i}.w": ((12, 16), torch.bfloat16) for i in range(10)} | {"n": ((9,), torch.uint8)})
+    src, dst = shard_out(rng, table, trainers), shard_out(rng, table, generators)
+    full = full_model(table, 1)
+    landings = [PlainLanding(rows, [i // 2 if units else -1 for i in range(len(rows))]) for rows in dst]
+    return full, [PlainSource.of(full, table, rows) for rows in src], landings
+
+
+def test_a_rank_on_both_sides_copies_within_itself(on_cpu):
+    world, store, hub = World((0, 1, 2), (1, 2, 3)), dist.HashStore(), Hub()
+    for seed, units in ((1, False), (2, True)):
+        full, sources, landings = two_sides(random.Random(seed), 3, 3, units)
+        held, taken = dict(enumerate(sources)), dict(zip(world.generators, landings, strict=True))
+        sim = SimulatedWorld.__new__(SimulatedWorld)
+        sim.world, sim.store = world, dist.PrefixStore(str(seed), store)
+        sim.sessions = [
+            RefitSession(
+                rank,
+                world,
+                sim.store,
+                RefitOptions("nccl", 1024, deadline_s=20),
+                held.get(rank),
+                taken.get(rank),
+                channel=InprocChannel(hub, rank),
+            )
+            for rank in range(4)
+        ]
+        raise_any(sim.start())
+        raise_any(sim.refit(1))
+        for landing in landings:
+            check(landing, full)
+
+
+def test_receivers_get_in_place_what_lies_together(on_cpu):
+    """Experts in parallel to halves of every expert: strewn at the trainers, in one buffer at the generators."""
+    table = make_table({f"experts.{e}.w": ((8, 16), torch.float32) for e in range(8)})
+    full = full_model(table, 5)
+    sources = [
+        PlainSource.of(full, table, [(f, WHOLE((8, 16))) for i, f in enumerate(table) if i // 4 == rank])
+        for rank in range(2)
+    ]
+    landings = [PlainLanding([(f, Region((4 * half, 0), (4, 16))) for f in table]) for half in range(2)]
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    for landing in landings:
+        landing.declare(table)
+    raise_any(sim.start())
+    for landing in landings:  # after planning: where it lands is seen at the first refit
+        buffer = torch.zeros(8, 4, 16)
+        landing.storage = list(buffer)[::-1]  # rows in the opposite order of memory
+    raise_any(reports := sim.refit(1))
+    for landing in landings:
+        check(landing, full)
+    staging = [reports[rank].staging_bytes for rank in range(4)]
+    assert staging[2:] == [0, 0], "nothing is unpacked"
+    assert min(staging[:2]) > 0, "trainers pack halves of four experts"
+
+
+def columns(**given):
+    return {name: np.array(value, bool if name == "dense" else np.int64) for name, value in given.items()}
+
+
+def test_the_wire_order_is_the_receivers_memory():
+    made = columns(
+        address=[64, 0, 900, 32, 500, 700],
+        num_bytes=[32, 32, 8, 32, 100, 16],
+        item=[2, 2, 1, 2, 2, 4],
+        room=[1, 1, 2, 1, 1, 2],
+        dense=[1, 1, 1, 1, 0, 1],
+    )
+    order, ends = parcels.wire_order(**made, limit=96)
+    assert order.tolist() == [1, 3, 0, 5, 4, 2], "the range of 96 bytes, then what is strewn, large items first"
+    assert ends.tolist() == [3, 4, 5, 6], "a copy longer than the limit goes alone"
+    order, ends = parcels.wire_order(**made, limit=64)
+    assert order[:3].tolist() == [1, 3, 0] and ends[:2].tolist() == [2, 3] or ends[:2].tolist() == [1, 3]
+    apart = made | {"room": np.array([1, 3, 2, 1, 1, 2])}
+    order, _ = parcels.wire_order(**apart, limit=96)
+    assert order.tolist().index(1) > 1, "a range lies in one storage"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_of_a_range_are_even_and_bounded(seed):
+    rng = np.random.default_rng(seed)
+    num_bytes = rng.integers(1, 50, 40)
+    parts = parcels._even(np.arange(40), num_bytes, 100)
+    assert np.concatenate(parts).tolist() == list(range(40))
+    sizes = [int(num_bytes[p].sum()) for p in parts]
+    assert max(sizes) <= 100 and len(sizes) <= 2 * -(-int(num_bytes.sum()) // 100)
+
+
+def random_schedule(rng):
+    """What every rank of a random world posts, and the number of lanes."""
+    trainers, generators, lanes = rng.randint(1, 5), rng.randint(1, 5), rng.randint(1, 3)
+    shared = rng.randint(0, min(trainers, generators))
+    world = World(tuple(range(trainers)), tuple(range(trainers - shared, trainers - shared + generators)))
+    full_plan = random_plan(rng, world)
+    orders = {}
+    for src in world.trainers:
+        for dst in world.generators:
+            mine = np.flatnonzero((full_plan.src_rank == src) & (full_plan.dst_rank == dst))
+            named = rng.sample(range(len(mine)), rng.randint(0, len(mine)))
+            ends = sorted({rng.randint(1, len(named)) for _ in range(3)} | {len(named)}) if named else []
+            orders[src, dst] = parcels.Order(np.array(named, np.int64), np.array(ends, np.int64))
+    num_bytes = full_plan.sizes.prod(axis=1)
+    posted = [
+        parcels.groups_of(parcels.parcels_of(r, world, full_plan, num_bytes, orders, lanes, 200))
+        for r in range(world.size)
+    ]
+    return full_plan, posted, lanes
+
+
+def random_plan(rng, world):
+    table = random_table(rng, 12)
+    src = shard_out(rng, table, len(world.trainers))
+    dst = shard_out(rng, table, len(world.generators))
+    sources = {r: Layout.from_regions(rows, table) for r, rows in zip(world.trainers, src, strict=True)}
+    takers = {
+        r: Declaration(Layout.from_regions(rows, table, [rng.choice((-1, i // 3)) for i in range(len(rows))]))
+        for r, rows in zip(world.generators, dst, strict=True)
+    }
+    return plan_refit(world, sources, takers, table, bucket_bytes=64).bulk
+
+
+def left_over(posted, lanes, depth):
+    """Groups that never finish: ranks post in order, lanes run in order, `depth` groups are posted and not settled."""
+    done = [0] * len(posted)  # groups are settled in the order of posting
+    finished = [set() for _ in posted]
+    met = set()
+    while True:
+        running = {}
+        for rank, groups in enumerate(posted):
+            busy = set()
+            for number, group in enumerate(groups[: done[rank] + depth]):
+                if number not in finished[rank] and group[0].lane not in busy:
+                    running.update({(rank, p.src_rank, p.dst_rank, p.number): number for p in group})
+                    busy.add(group[0].lane)
+        met |= {key for key in running if all((end, *key[1:]) in running for end in key[1:3])}
+        moved = False
+        for rank, groups in enumerate(posted):
+            for number, group in enumerate(groups):
+                if number not in finished[rank] and {(rank, p.src_rank, p.dst_rank, p.number) for p in group} <= met:
+                    finished[rank].add(number)
+                    moved = True
+            while done[rank] in finished[rank]:
+                done[rank] += 1
+        if not moved:
+            return sum(len(groups) for groups in posted) - sum(map(len, finished))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nobody_waits_in_a_circle(seed):
+    rng = random.Random(seed)
+    copies, posted, lanes = random_schedule(rng)
+    for rank, groups in enumerate(posted):
+        numbers = np.concatenate([np.zeros(0, int), *(p.copies for group in groups for p in group)])
+        mine = np.flatnonzero((copies.src_rank == rank) | (copies.dst_rank == rank))
+        assert sorted(numbers.tolist()) == mine.tolist(), "every copy of the rank, once"
+        for group in groups:
+            assert sum(p.src_rank == rank for p in group) <= 1 and sum(p.dst_rank == rank for p in group) <= 1
+    ends = {}
+    for groups in posted:
+        for p in (p for group in groups for p in group):
+            ends.setdefault((p.src_rank, p.dst_rank, p.number), []).append((p.key, p.lane, tuple(p.copies)))
+    assert all(len(set(said)) == 1 for said in ends.values()), "both ends say the same"
+    for depth in (1, 2, lanes + 1):
+        assert left_over(posted, lanes, depth) == 0
+
+
+def test_a_rank_that_posts_in_another_order_is_a_circle():
+    found = 0
+    for seed in range(20):
+        _, posted, lanes = random_schedule(random.Random(seed))
+        posted[0].reverse()
+        found += left_over(posted, 1, 1) > 0
+    assert found > 5
+
+
+def test_ranks_that_differ_on_the_order_are_caught_by_digests(on_cpu, monkeypatch):
+    full, sources, landings = two_sides(random.Random(4), 1, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    raise_any(sim.start())
+    mover = sim.sessions[0]._agreed.mover
+    inner = mover._lanes.exchange
+
+    def swapped(lane, sends, recvs):
+        for post in sends:
+            post.buffer.copy_(post.buffer.flip(0))
+        return inner(lane, sends, recvs)
+
+    mover._lanes.exchange = swapped
+    results = sim.refit(1)
+    assert "VerificationError" in {type(r).__name__ for r in results.values()} and landings[0].version == -1
+
+
+def test_a_silent_trainer_is_named_with_round_and_parameter(on_cpu):
+    full, sources, landings = two_sides(random.Random(4), 2, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
+    raise_any(sim.start())
+    sim.sessions[1]._agreed.mover.run = lambda *_: time.sleep(1.5)
+    results = sim.refit(1)
+    error = results[2]
+    assert isinstance(error, TransferError) and "receiving from trainer 1 (rank 1) in round" in str(error)
+    assert "layers." in str(error) and landings[0].version == -1 and landings[0].rejected
