@@ -11,6 +11,7 @@ MULTICAST_OFF: Mapping[str, str] = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 """What every process that uses GPUs needs in its environment before it loads NCCL.
 
