@@ -130,6 +130,8 @@ KINDS = {
     "calibrated": Kind("Qwen3", CALM, rewrite=fp8_of_channels),
     "blocks": Kind("Qwen3Moe", BLOCKS, rewrite=fp8_of_blocks, engine={"kv_cache_dtype": "fp8"}),
     "latent": Kind("DeepseekV3", LATENT, rewrite=biased),
+    "plain": Kind("Qwen3Moe", BLOCKS),
+    "blockwise": Kind("Qwen3Moe", BLOCKS, engine={"quantization": "fp8_per_block"}),
 }
 
 

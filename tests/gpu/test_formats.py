@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(find_spec("vllm") is None, 
 PROGRAM = str(engines.ROOT / "tests" / "e2e" / "test_generator_formats.py")
 
 
-@pytest.mark.parametrize("kind", ["online", "calibrated", "blocks", "latent"])
-def test_engines_equal_fresh_ones(kind: str, tmp_path: Path) -> None:
-    engines.check(engines.run(PROGRAM, tmp_path, [f"landed {kind} bfloat16 1"], "cuda"))
+@pytest.mark.parametrize("kinds", [("online", "calibrated", "latent"), ("blocks", "plain", "blockwise")], ids="-".join)
+def test_engines_equal_fresh_ones(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    """FP8 made of BF16 by channels and by blocks, FP8 that the trainer holds, scales of the cache; and plain BF16."""
+    engines.check(engines.run(PROGRAM, tmp_path, [f"landed {kind} bfloat16 1" for kind in kinds], "cuda"))
