@@ -37,10 +37,11 @@ def train(config: Config, title: str) -> int:
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     from nemo_rl.cluster import ClusterError
     from nemo_rl.driver import run
+    from nemo_rl.grpo.types import RunError
 
     try:
         run(config, title, Console())
-    except ClusterError as error:
+    except (ClusterError, RunError) as error:
         sys.stderr.write(f"the run failed: {error}\n")
         return 1
     except KeyboardInterrupt:

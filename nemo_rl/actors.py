@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
 from nemo_rl.config import Config
-from nemo_rl.generator.actor import GeneratorActor
+from nemo_rl.generator.actor import CONTROL, GeneratorActor
 from nemo_rl.generator.engine import GeneratorConfig, worker_env
 from nemo_rl.grpo.loop import RefitSummary
 from nemo_rl.grpo.loss import BatchLoss, LossInputs, LossOptions, Normalizer
@@ -70,7 +70,17 @@ def generator_config(config: Config, model_path: Path) -> GeneratorConfig:
         quantization=vllm.quantization,
         kv_cache_dtype=vllm.kv_cache_dtype,
         seed=config.grpo.seed,
+        in_flight=in_flight(config),  # type: ignore[arg-type]
+        deadline_s=config.grpo.step_deadline_s,
     )
+
+
+def in_flight(config: Config) -> str:
+    """What a refit does to requests that have tokens (`GeneratorConfig.in_flight`)."""
+    asynchronous = config.grpo.async_grpo
+    if not (asynchronous.enabled and asynchronous.in_flight_weight_updates):
+        return "refuse"
+    return "recompute" if asynchronous.recompute_kv_cache_after_weight_updates else "keep"
 
 
 def refit_options(config: Config) -> RefitOptions:
@@ -137,7 +147,7 @@ class GeneratorGroup:
 
 
 def _completion(generated: Any) -> Completion:
-    return Completion(generated.token_ids, generated.logprobs, generated.finished, generated.weight_version)
+    return Completion(generated.token_ids, generated.logprobs, generated.finished, generated.versions)
 
 
 class RefitGroup:
@@ -171,8 +181,14 @@ class RefitGroup:
     def refit(self, version: int) -> RefitSummary:
         """Raises ClusterError naming ranks and phase; the sessions' RefitError is its cause."""
         started = time.monotonic()
+        self._prepare(version)
         reports = self.reports(version)
         return summarize_reports(reports, self._topology.num_trainers, time.monotonic() - started)
+
+    def _prepare(self, version: int) -> None:
+        """All that generators need not rest for. Trainers look at their weights while engines go on."""
+        calls = [(a, a.handle.refit_prepare.remote(version)) for a in (*self._trainers, *self._generators)]
+        wait_all(calls, f"refit of version {version}", self._limit_s)
 
     def reports(self, version: int) -> list[RefitReport]:
         """Refit, and every rank's report in rank order. Raises as `refit`."""
@@ -189,6 +205,7 @@ def summarize_reports(reports: Sequence[RefitReport], num_trainers: int, seconds
         raise ClusterError(f"ranks report different refits (version, transport): {told}")
     received = reports[num_trainers:]
     phases = dict.fromkeys(name for r in reports for name in r.phase_s)
+    paused = max(received, key=lambda r: sum(r.pause_s.values()))
     return RefitSummary(
         version=first.version,
         transport=first.transport,
@@ -199,6 +216,7 @@ def summarize_reports(reports: Sequence[RefitReport], num_trainers: int, seconds
         staging_bytes=max(r.staging_bytes for r in reports),
         phase_s={name: max(r.phase_s.get(name, 0.0) for r in reports) for name in phases},
         predicted_s=first.predicted_s,
+        pause_s=dict(paused.pause_s),
     )
 
 
@@ -240,7 +258,9 @@ class Actors:
             name = self._name("generator", replica, topology.first_rank(replica), size)
             sees = self._sees(self.trainers[replica * size : (replica + 1) * size]) if topology.shared else {}
             self.generators.append(
-                self._cluster.place(name, count + replica, GeneratorActor, env | sees, self._generator_config)
+                self._cluster.place(
+                    name, count + replica, GeneratorActor, env | sees, self._generator_config, groups={CONTROL: 1}
+                )
             )
         ready = [(actor, actor.handle.ready.remote()) for actor in self.generators]
         if topology.shared:

@@ -28,6 +28,7 @@ from nemo_rl.topology import Topology
 
 log = logging.getLogger(__name__)
 _DEAD = (RayActorError, ActorDiedError, ActorUnavailableError)
+_NO_GROUPS: Mapping[str, int] = {}
 _GRACE_S = 3.0  # how long peers of a failed actor may still say what they saw
 _TOKEN = (
     "clusters that a driver of Ray started, and those with a token on their head, ask for it: start this driver with "
@@ -133,14 +134,25 @@ class Cluster:
             )
 
     def place(
-        self, name: str, bundle: int, actor_class: type, env: Mapping[str, str], *args: Any, **kwargs: Any
+        self,
+        name: str,
+        bundle: int,
+        actor_class: type,
+        env: Mapping[str, str],
+        *args: Any,
+        groups: Mapping[str, int] = _NO_GROUPS,
+        **kwargs: Any,
     ) -> Actor:
         """Make an actor of a plain class on devices `bundle`: a trainer's rank, or number of trainers + replica.
 
         Where devices are shared, Ray gives them to trainers, and `env` says to an engine which ones it sees.
+
+        Args:
+            groups: threads of each concurrency group that the class's methods name.
         """
         bundle, cpus, gpus = self._share(bundle)
-        remote = ray.remote(actor_class).options(
+        made = ray.remote(concurrency_groups=dict(groups))(actor_class) if groups else ray.remote(actor_class)
+        remote = made.options(
             num_cpus=cpus,
             num_gpus=gpus if self._resource == "GPU" else 0,
             runtime_env={"env_vars": {**env, **MULTICAST_OFF, **self._hidden}},

@@ -152,6 +152,22 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AsyncGrpoConfig:
+    """The rollout of the next step while trainers train on this one.
+
+    A sample more than `max_trajectory_age_steps` optimizer steps older than the weights that it would train ends the
+    run. `in_flight_weight_updates` lets a refit come between two steps of an engine, whose requests go on with their
+    tokens; false waits for the rollout's end first. Requests go on over the keys and values of the weights that made
+    them, or over those of the new weights where `recompute_kv_cache_after_weight_updates`.
+    """
+
+    enabled: bool = False
+    max_trajectory_age_steps: int = 1
+    in_flight_weight_updates: bool = False
+    recompute_kv_cache_after_weight_updates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GrpoConfig:
     """`refit_every` counts steps between refits; 0 never refits, so that generators keep the start weights.
 
@@ -166,6 +182,7 @@ class GrpoConfig:
     use_leave_one_out_baseline: bool = True
     refit_every: int = 1
     max_gen_kl_error: float = 0.1
+    async_grpo: AsyncGrpoConfig = field(default_factory=AsyncGrpoConfig)
     seed: int = 42
     step_deadline_s: float = 300.0
 

@@ -13,6 +13,7 @@ from nemo_rl.cluster import Cluster, ClusterError
 from nemo_rl.config import Config, ConfigError, to_yaml
 from nemo_rl.grpo.data import load_tokenizer
 from nemo_rl.grpo.loop import GrpoLoop
+from nemo_rl.grpo.types import RunError
 from nemo_rl.grpo.warmup import ensure_start_model
 from nemo_rl.metrics import RunRecorder, make_run_folder, start_logging
 from nemo_rl.preflight import START_MODEL, validate
@@ -27,6 +28,7 @@ def run(config: Config, title: str, console: Console) -> Path:
     Raises:
         ConfigError: the configuration cannot work; no actor was started and no folder made.
         ClusterError: actors could not be placed, died or failed; what was recorded stays in the run's folder.
+        RunError: what actors answered ends the run; what was recorded stays too.
     """
     console.print("checking the configuration", style="dim")
     if problems := validate(config):
@@ -47,7 +49,7 @@ def run(config: Config, title: str, console: Console) -> Path:
             Actors(config, model_path, topology, device_of(config), cluster) as actors,
         ):
             _train(config, title, folder, model_path, actors, console)
-    except ClusterError:
+    except (ClusterError, RunError):
         log.info("the run ended early", exc_info=True)
         raise
     return folder

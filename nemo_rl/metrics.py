@@ -126,16 +126,38 @@ class RunRecorder:
             f"reward: {first:.3f} in the first fifth of the steps, {last:.3f} in the last: margin {last - first:+.3f}",
             highlight=False,
         )
+        if (pauses := pause_line(self.rows)) is not None:
+            self._console.print(pauses, highlight=False)
         draw_summary(self.rows, self._title, self._folder / "summary.png")
         self._console.print(f"outputs: {self._folder}", highlight=False, soft_wrap=True)
 
 
 def step_line(row: Row) -> str:
     """Reward, loss, KL error and the verdict on the refit, in one line."""
-    line = f"reward {row['reward_mean']:.3f} loss {row['loss']:+.3f} KL err {row['gen_kl_error']:.0e} "
+    line = f"reward {row['reward_mean']:.3f} loss {row['loss']:+.3f} {_kl_text(row)} "
     if row.get("refit_s") is None:
         return line + "no refit"
-    return line + f"refit {row['refit_s']:.2f} s {'verified' if row['refit_verified'] else 'not verified'}"
+    paused = row.get("pause_to_resume_s")
+    pause = "" if paused is None else f"pause {paused * 1e3:.0f} ms "
+    return line + f"refit {row['refit_s']:.2f} s {pause}{'verified' if row['refit_verified'] else 'unverified'}"
+
+
+def _kl_text(row: Row) -> str:
+    """The error, or the policy's drift where no token could show an error."""
+    if row["gen_kl_error"] is None:
+        return f"KL drift {row['gen_kl_drift']:.0e}"
+    return f"KL err {row['gen_kl_error']:.0e}"
+
+
+def pause_line(rows: Sequence[Row]) -> str | None:
+    """From pause to resume, split into its parts, largest first: means over the refits; None where there were none."""
+    names = [n for row in rows for n in row if n.startswith("pause_") and n != "pause_to_resume_s"]
+    paused = [row for row in rows if row.get("pause_to_resume_s") is not None]
+    if not paused:
+        return None
+    parts = {n[len("pause_") : -len("_s")]: sum(r.get(n) or 0.0 for r in paused) / len(paused) for n in names}
+    split = " + ".join(f"{name} {s * 1e3:.1f}" for name, s in sorted(parts.items(), key=lambda part: -part[1]))
+    return f"pause to resume: {mean_of(paused, 'pause_to_resume_s') * 1e3:.1f} ms = {split}"
 
 
 def summary_table(rows: Sequence[Row], title: str) -> Table:
@@ -154,7 +176,8 @@ def summary_table(rows: Sequence[Row], title: str) -> Table:
                 row["refit_transport"],
                 "yes" if row["refit_verified"] else "no",
             ]
-        table.add_row(str(row["step"]), f"{row['reward_mean']:.3f}", f"{row['gen_kl_error']:.1e}", *refit)
+        error = "-" if row["gen_kl_error"] is None else f"{row['gen_kl_error']:.1e}"
+        table.add_row(str(row["step"]), f"{row['reward_mean']:.3f}", error, *refit)
     return table
 
 
@@ -175,8 +198,13 @@ def draw_summary(rows: Sequence[Row], title: str, path: Path) -> None:
     first, last = reward_margin(rows)
     axes[0].set_title(f"{title}\nreward {first:.2f} → {last:.2f} (first and last fifth)", fontsize=11, loc="left")
     floor = 1e-16  # equal log-probabilities have no error, which a log scale cannot show
-    errors = [max(r["gen_kl_error"], floor) for r in rows]
-    axes[1].semilogy(steps, errors, color="#a63603", marker="o", markersize=3)
+    errors: list[float] = []
+    for name, label, color in (("error", "same weights", "#a63603"), ("drift", "older weights", "#fdae6b")):
+        found = [(r["step"], max(r[f"gen_kl_{name}"], floor)) for r in rows if r.get(f"gen_kl_{name}") is not None]
+        errors += [value for _, value in found]
+        if found:
+            axes[1].semilogy(*zip(*found, strict=True), color=color, marker="o", markersize=3, label=label)
+    axes[1].legend(loc="upper right", frameon=False, fontsize=8)
     axes[1].set(ylabel="KL error\ngenerator / trainer", ylim=(min(1e-14, *errors) / 3, max(1e-2, *errors) * 3))
     refits = [r for r in rows if r.get("refit_s") is not None]
     colors = ["#31a354" if r["refit_verified"] else "#bdbdbd" for r in refits]
@@ -201,8 +229,9 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def _tag(name: str) -> str:
-    if name.startswith("refit_"):
-        return f"refit/{name.removeprefix('refit_')}"
+    for group in ("refit", "pause"):
+        if name.startswith(f"{group}_"):
+            return f"{group}/{name.removeprefix(f'{group}_')}"
     return f"timing/{name}" if name.endswith("_s") else f"train/{name}"
 
 

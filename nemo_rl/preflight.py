@@ -39,6 +39,7 @@ def validate(config: Config) -> list[str]:
         *_lengths(config),
         *start_model,
         *_combinations(config),
+        *_asynchronous(config),
     ]
     if start_model or min(parallel_sizes(config).values()) < 1:
         return problems  # there is no model to look at, or no layout
@@ -247,6 +248,35 @@ def _start_model(config: Config) -> Iterator[str]:
         yield f"start_model.warmup_reversed={model.warmup_reversed}: is a share; give a number from 0 to 1"
     if model.warmup_steps < 0 or model.warmup_lr <= 0:
         yield "start_model.warmup_steps must be at least 0 and start_model.warmup_lr above 0"
+
+
+def _asynchronous(config: Config) -> Iterator[str]:
+    """What one step ahead cannot be combined with."""
+    ahead, every = config.grpo.async_grpo, config.grpo.refit_every
+    key = "grpo.async_grpo"
+    if not ahead.enabled:
+        return
+    if ahead.max_trajectory_age_steps < 1:
+        yield f"{key}.max_trajectory_age_steps={ahead.max_trajectory_age_steps}: samples are a step old; give 1 or more"
+    elif every > ahead.max_trajectory_age_steps:
+        yield (
+            f"grpo.refit_every={every}: samples would be {every} steps old, and {key}.max_trajectory_age_steps="
+            f"{ahead.max_trajectory_age_steps} refuses them; lower the first or raise the second"
+        )
+    if not config.loss_fn.use_importance_sampling_correction:
+        yield (
+            f"loss_fn.use_importance_sampling_correction=false with {key}.enabled=true: samples of older weights need "
+            "the correction; set it to true"
+        )
+    recompute = f"{key}.recompute_kv_cache_after_weight_updates"
+    if ahead.recompute_kv_cache_after_weight_updates and not ahead.in_flight_weight_updates:
+        yield f"{recompute}=true: nothing is in flight; set {key}.in_flight_weight_updates=true as well"
+    cache = config.policy.generation.vllm_cfg.kv_cache_dtype
+    if ahead.in_flight_weight_updates and not ahead.recompute_kv_cache_after_weight_updates and cache != "auto":
+        yield (
+            f"policy.generation.vllm_cfg.kv_cache_dtype={cache}: requests in flight would read their keys and values "
+            f"by the scales of other weights; set {recompute}=true"
+        )
 
 
 def _combinations(config: Config) -> Iterator[str]:

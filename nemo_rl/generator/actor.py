@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import ray
 import torch
 
 from nemo_rl.generator.engine import Generated, GeneratorConfig, Store, VllmEngine
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 
+CONTROL = "control"
+
 
 class GeneratorActor:
-    """Methods are those of `VllmEngine`; the constructor returns when the engine is ready."""
+    """Methods are those of `VllmEngine`; the constructor returns when the engine is ready.
+
+    Methods of the group `CONTROL` run in a thread of their own, beside `generate`.
+    """
 
     def __init__(self, config: GeneratorConfig) -> None:
         self._engine = VllmEngine(config)
@@ -43,14 +49,21 @@ class GeneratorActor:
     def refit_plan(self) -> str:
         return self._engine.refit_plan()
 
+    @ray.method(concurrency_group=CONTROL)
+    def refit_prepare(self, version: int) -> None:
+        self._engine.refit_prepare(version)
+
+    @ray.method(concurrency_group=CONTROL)
     def refit(self, version: int) -> list[RefitReport]:
         return self._engine.refit(version)
 
+    @ray.method(concurrency_group=CONTROL)
     def refit_close(self) -> None:
         self._engine.refit_close()
 
     def read_parameters(self) -> list[dict[str, torch.Tensor]]:
         return self._engine.read_parameters()
 
+    @ray.method(concurrency_group=CONTROL)
     def close(self) -> None:
         self._engine.close()

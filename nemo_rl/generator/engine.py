@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from nemo_rl.generator.gate import Gate, Laps
 from nemo_rl.generator.shm import made_since, mapped_shared_memory
+from nemo_rl.generator.stepping import Growing, Stepper
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.errors import PoisonedError, RefitError
@@ -62,6 +65,10 @@ class GeneratorConfig:
         kv_cache_dtype: `auto` is the precision; `fp8` takes the cache's scales from the weights.
         adapter: a LoRA adapter that answers every request; None where the model itself is refitted.
         seed: of dummy weights and of requests without a seed.
+        in_flight: what a refit does to requests that have tokens already. `refuse`: it fails where keys and values of
+            old weights are in use; `keep`: they go on over those keys and values; `recompute`: over those of the new
+            weights.
+        deadline_s: longest wait for one step of the engine, and for a refit between two steps.
 
     Raises:
         ValueError: a value is out of its range.
@@ -81,6 +88,8 @@ class GeneratorConfig:
     kv_cache_dtype: str = "auto"
     adapter: AdapterConfig | None = None
     seed: int = 0
+    in_flight: Literal["refuse", "keep", "recompute"] = "refuse"
+    deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16") or self.load_format not in ("auto", "dummy"):
@@ -98,13 +107,13 @@ class Generated:
         token_ids: sampled tokens, the stop token included where one ended the completion.
         logprobs: of each sampled token, under the distribution it was drawn from.
         finished: a stop token ended it; False where `max_new_tokens` cut it.
-        weight_version: version of the weights that sampled it.
+        versions: of the weights that sampled each token.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
-    weight_version: int
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +149,9 @@ def worker_env(config: GeneratorConfig, device: Literal["cpu", "cuda"] = "cpu") 
 class VllmEngine:
     """A vLLM engine and its workers. The process needs `worker_env(config)` as environment.
 
-    It serves version 0, the weights it loaded, until a refit commits another. While a refit is open, and after one
-    failed until another succeeds over a new session, `generate` refuses with the reason.
+    It serves version 0, the weights it loaded, until a refit commits another. A refit called from another thread comes
+    between two steps of `generate`, which waits until it is over. After a refit failed, until another succeeds over a
+    new session, `generate` refuses with the reason.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -150,10 +160,12 @@ class VllmEngine:
         self._refusal: str | None = None
         self._as_loaded = config.load_format == "auto"  # the weights are those that the engine read itself
         self._start_check = False
+        self._prepared: tuple[int, list[dict[str, float]], dict[str, float]] = (-1, [], {})
         self._llm: Any = _make_llm(config)
         self._adapter: Any = None
         if config.adapter is not None:
             (self._adapter, *_) = self._llm.collective_rpc("serve_adapter", args=(config.adapter,))
+        self._stepper, self._gate = Stepper(self._llm, self._adapter), Gate(config.deadline_s)
         self._shared_files = tuple(f for f in sorted(mapped_shared_memory() - before) if made_since(f, started))
 
     @property
@@ -187,10 +199,9 @@ class VllmEngine:
             RuntimeError: a refit is open or failed; the reason.
             ValueError: prompts and seeds do not go together, or a prompt leaves no room for an answer.
         """
-        self._refuse_if_unfit()
         self._check_request(prompts, seed)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
-        return self._generate(prompts, n, max_new_tokens, temperature, seeds, stop_token_ids)
+        return self._generate(prompts, n, max_new_tokens, temperature, seeds, stop_token_ids, self._gate.step)
 
     def _generate(
         self,
@@ -200,27 +211,31 @@ class VllmEngine:
         temperature: float,
         seeds: Sequence[int | None],
         stop_token_ids: Sequence[int],
+        turn: Callable[[], AbstractContextManager[None]],
     ) -> list[list[Generated]]:
+        """Answers, each touch of the engine inside a `turn()`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        version = self.weight_version
-        params = [
-            SamplingParams(
-                n=n,
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=one,
-                logprobs=0,
-                stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,
-                detokenize=False,
-            )
-            for one in seeds
-        ]
-        # The salt is part of a cached block's key: no block that other weights computed can be found.
-        asked = [{"prompt_token_ids": list(prompt), "cache_salt": f"weights {version}"} for prompt in prompts]
-        answers = self._llm.generate(asked, params, use_tqdm=False, lora_request=self._adapter) if asked else []
-        return [[_generated(o, version) for o in sorted(a.outputs, key=lambda o: o.index)] for a in answers]
+        options: dict[str, Any] = dict(max_tokens=max_new_tokens, temperature=temperature, logprobs=0, ignore_eos=True)
+        options |= dict(stop_token_ids=list(stop_token_ids), detokenize=False, output_kind=RequestOutputKind.DELTA)
+        asked: list[list[Growing]] = []
+        try:
+            for prompt, one in zip(prompts, seeds, strict=True):
+                with turn():
+                    self._refuse_if_unfit()
+                    params = [SamplingParams(seed=None if one is None else one + i, **options) for i in range(n)]
+                    asked.append([self._stepper.add(prompt, p, self.weight_version) for p in params])
+            while any(growing.finish is None for samples in asked for growing in samples):
+                with turn():
+                    self._refuse_if_unfit()
+                    self._stepper.step(self.weight_version)
+        except BaseException:
+            with turn():
+                if self._llm is not None:
+                    self._stepper.drop()
+            raise
+        return [[_generated(growing) for growing in samples] for samples in asked]
 
     def _refuse_if_unfit(self) -> None:
         if self._llm is None:
@@ -251,6 +266,15 @@ class VllmEngine:
         assert len(digests) == 1, "agreed plans have one digest"
         return digests.pop()
 
+    def refit_prepare(self, version: int) -> None:
+        """Agree on `version` with all ranks, between two steps. Raises RefitError."""
+        laps = Laps()
+        with self._gate.pause():
+            laps.lap("pause")
+            phases = self._all("refit_prepare", version)
+            laps.lap("agree")
+        self._prepared = version, phases, laps.parts
+
     def refit(self, version: int) -> list[RefitReport]:
         """Take the trainers' weights as `version`; one report per worker, in rank order.
 
@@ -259,13 +283,29 @@ class VllmEngine:
                 the old weights are kept, or that version 0 computes something else than the weights that the engine
                 read itself; the engine refuses to generate.
         """
+        laps, waits = Laps(), self._stepper.num_running > 0
+        with self._gate.pause():
+            self._stepper.settle(self.weight_version)
+            laps.lap("pause")
+            reports = self._refit(version, laps)
+        if waits:
+            self._gate.resumed()
+        laps.lap("resume")
+        (_, phases, parts) = self._prepared if self._prepared[0] == version else (version, [], {})
+        parts = pause_parts(laps.parts, reports, phases, parts)
+        return [replace(report, pause_s=parts) for report in reports]
+
+    def _refit(self, version: int, laps: Laps) -> list[RefitReport]:
         answers = self._probe() if self._start_check and version == 0 else None
         self._refusal, self._as_loaded = f"the update to version {version} is not committed", False
-        reports = self._all("refit", version)
-        self._drop_caches(version)
+        laps.lap("probe")
+        reports: list[RefitReport] = self._all("refit", version)
+        laps.lap("session")
+        self._renew_caches(version)
         if answers is not None:
             self._compare(answers)
         self.weight_version, self._refusal = version, None
+        laps.lap("caches")
         return reports
 
     def _probe(self) -> list[Generated]:
@@ -273,7 +313,7 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
         count, size = self._llm.llm_engine.model_config.get_vocab_size(), min(16, self.config.max_model_len - 5)
         prompts = [[(7919 * (i + 1) * (at + 1)) % count for at in range(size)] for i in range(4)]
-        return [answer for (answer,) in self._generate(prompts, 1, 4, 0.0, [None] * len(prompts), ())]
+        return [answer for (answer,) in self._generate(prompts, 1, 4, 0.0, [None] * 4, (), nullcontext)]
 
     def _compare(self, before: Sequence[Generated]) -> None:
         """Raises RefitError where the probe's answers are not `before`."""
@@ -286,6 +326,13 @@ class VllmEngine:
             )
             remedy = "the layout of one side does not say what its loader does, or trainers start from other weights"
             raise RefitError(self._refusal, rank=0, phase="commit", remedy=remedy)
+
+    def _renew_caches(self, version: int) -> None:
+        """No request that starts from here on finds keys and values that other weights computed."""
+        if self._stepper.num_running and self.config.in_flight != "refuse":
+            self._stepper.renew(version, self.config.in_flight == "recompute")
+        else:
+            self._drop_caches(version)
 
     def _drop_caches(self, version: int) -> None:
         """Forget keys and values that other weights computed. Raises RefitError where some are in use."""
@@ -384,10 +431,31 @@ def _adapter_options(adapter: AdapterConfig) -> dict[str, Any]:
     }
 
 
-def _generated(output: Any, version: int) -> Generated:
-    tokens = tuple(int(t) for t in output.token_ids)
-    logprobs = tuple(float(step[token].logprob) for step, token in zip(output.logprobs, tokens, strict=True))
-    return Generated(tokens, logprobs, output.finish_reason == "stop", version)
+def _generated(growing: Growing) -> Generated:
+    versions = tuple(growing.versions)
+    return Generated(tuple(growing.tokens), tuple(growing.logprobs), growing.finish == "stop", versions)
+
+
+def pause_parts(
+    laps: Mapping[str, float],
+    reports: Sequence[RefitReport],
+    prepared: Sequence[Mapping[str, float]],
+    earlier: Mapping[str, float],
+) -> dict[str, float]:
+    """Laps of a refit, the one called `session` split by the phases of its slowest worker; what is left is `call`.
+
+    Args:
+        prepared: phases that each worker's report tells although they ran before the first lap.
+        earlier: laps of those.
+    """
+    slowest = max(range(len(reports)), key=lambda i: reports[i].total_s)
+    before = prepared[slowest] if prepared else {}
+    inside = {name: s - before.get(name, 0.0) for name, s in reports[slowest].phase_s.items()}
+    parts = {**laps, **inside, "call": laps["session"] - sum(inside.values())}
+    del parts["session"]
+    for name, seconds in earlier.items():
+        parts[name] = parts.get(name, 0.0) + seconds
+    return {name: seconds for name, seconds in parts.items() if seconds}
 
 
 def _join_errors(errors: Sequence[RefitError]) -> RefitError:

@@ -80,6 +80,10 @@ class RefitWorker:
         """Digest of the agreed plan."""
         return self._said(lambda: self._session().plan().digest, "plan")
 
+    def refit_prepare(self, version: int) -> Outcome:
+        """Seconds by phase."""
+        return self._said(lambda: self._session().prepare(version), "agree")
+
     def refit(self, version: int) -> Outcome:
         """The worker's report."""
         return self._said(lambda: self._session().refit(version), "refit")

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 
 from nemo_rl.config import Config
 from nemo_rl.grpo.advantages import group_advantages
+from nemo_rl.grpo.ahead import Ahead, InTurn, Rollouts
 from nemo_rl.grpo.data import PAD, Task, make_prompts
 from nemo_rl.grpo.loss import LossInputs, LossOptions, generator_kl_error
 from nemo_rl.grpo.rewards import exact_match
 from nemo_rl.grpo.rollouts import Generators, SamplingOptions, rollout
-from nemo_rl.grpo.types import RolloutBatch, Sample, collate
+from nemo_rl.grpo.staleness import age_metrics, overlap_s, refuse_foreign, refuse_too_old, reproducible
+from nemo_rl.grpo.types import RolloutBatch, RunError, Sample, collate
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str | bool | None]
@@ -46,6 +48,7 @@ class RefitSummary:
 
     Attributes:
         seconds: of the slowest rank, pausing and resuming engines included.
+        pause_s: how long the slowest engine did not generate, by parts that add up to the whole.
         bulk_bytes, misc_bytes: received by all generators over the wire.
         phase_s: of the slowest rank of each phase.
         predicted_s: that the cost model gave the transport, engines' own work left out; None without measured links.
@@ -60,6 +63,12 @@ class RefitSummary:
     staging_bytes: int
     phase_s: Mapping[str, float]
     predicted_s: float | None = None
+    pause_s: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def paused_s(self) -> float:
+        """From pause to resume."""
+        return sum(self.pause_s.values())
 
     @property
     def gb_per_s(self) -> float:
@@ -103,8 +112,15 @@ class GrpoLoop:
             loss.truncated_importance_sampling_ratio,
         )
         self._pad = tokenizer.token_to_id(PAD) or 0
-        self._version = 0
+        self._version = self._asked_version = 0
         self._seconds: dict[str, float] = {}
+        self._started_s = time.monotonic()
+        self._trained_s = (0.0, 0.0)
+        self._rollouts: Rollouts = InTurn(self._roll)
+        if config.grpo.async_grpo.enabled:
+            # A rollout that a refit comes upon waits for it too.
+            deadline_s = config.grpo.step_deadline_s + 2 * config.policy.refit.deadline_s
+            self._rollouts = Ahead(self._roll, config.grpo.max_num_steps, deadline_s)
 
     def run(self) -> None:
         """Refit once, so that the first samples come from proven weights, then do all steps."""
@@ -118,22 +134,25 @@ class GrpoLoop:
         """Step `step`, counted from 1. `weight_version` is that of the generators after it."""
         started = time.monotonic()
         self._seconds = {}
-        with self._timed("generate_s"):
-            samples = self._rollout(step)
+        samples = self._take(step)
         batch = collate(samples, self._pad)
         advantages = self._advantages(batch)
+        training_s = time.monotonic()
         with self._timed("logprobs_s"):
             old, reference = (self._trainers.logprobs(batch, reference=r) for r in (False, True))
-        kl_error = self._checked(generator_kl_error(old, batch.generator_logprobs, batch.mask), step)
+        kl = self._kl_metrics(old, batch, step)
         inputs = LossInputs(advantages, batch.mask, old, batch.generator_logprobs, reference)
         with self._timed("train_s"):
             trained = self._train(batch, inputs, self._learning_rate(step))
+        self._trained_s = training_s, time.monotonic()
+        self._mark("train", self._trained_s)
         summary = self._refit(step, batch)
         return {
             "step": step,
             "reward_mean": float(batch.rewards.mean()),
             "loss": trained.pop("loss"),
-            "gen_kl_error": kl_error,
+            **kl,
+            **age_metrics(samples, step),
             **_refit_metrics(summary),
             "weight_version": self._version,
             **trained,
@@ -142,30 +161,51 @@ class GrpoLoop:
             "step_s": time.monotonic() - started,
         }
 
-    def _rollout(self, step: int) -> list[Sample]:
-        grpo = self._config.grpo
+    def _take(self, step: int) -> list[Sample]:
+        """Samples of `step`, which may train it."""
+        asynchronous, before_s = self._config.grpo.async_grpo, self._trained_s
+        with self._timed("wait_rollout_s"):
+            rollout = self._rollouts.take(step)
+        if asynchronous.enabled:
+            refuse_too_old(rollout.samples, step, asynchronous.max_trajectory_age_steps)
+        interval = rollout.started_s, rollout.ended_s
+        self._mark("rollout", interval)
+        self._seconds |= {"generate_s": interval[1] - interval[0], "overlap_s": overlap_s(interval, before_s)}
+        return rollout.samples
+
+    def _roll(self, step: int) -> list[Sample]:
+        """Samples of `step`; in a thread of its own where rollouts go ahead."""
+        grpo, first = self._config.grpo, self._version
         prompts = make_prompts(self._task, self._tokenizer, step, grpo.num_prompts_per_step)
         samples = rollout(
             self._generators, self._tokenizer, prompts, self._sampling, exact_match, seed=grpo.seed, step=step
         )
-        versions = {s.completion.weight_version for s in samples}
-        if versions != {self._version}:
-            raise RuntimeError(
-                f"step {step}: samples carry weight versions {sorted(versions)}, not the committed {self._version}"
-            )
+        refuse_foreign(samples, step, first, self._asked_version)
         return samples
 
-    def _checked(self, kl_error: float, step: int) -> float:
-        """`kl_error` of step `step`. Raises RuntimeError where equal weights cannot have it."""
+    def _kl_metrics(self, old: torch.Tensor, batch: RolloutBatch, step: int) -> Metrics:
+        """`gen_kl_error` over tokens that the trainers' weights must reproduce, `gen_kl_drift` over all others.
+
+        Null where there are no such tokens. Raises RunError where the error is more than equal weights can have.
+        """
+        same = reproducible(batch, step, self._config.grpo.async_grpo.recompute_kv_cache_after_weight_updates)
+        error, drift = (
+            generator_kl_error(old, batch.generator_logprobs, batch.mask * tokens) if tokens.any() else None
+            for tokens in (same, (batch.mask > 0) & ~same)
+        )
+        if error is not None:
+            self._check_kl(error, step)
+        return {"gen_kl_error": error, "gen_kl_drift": drift}
+
+    def _check_kl(self, kl_error: float, step: int) -> None:
         limit = self._config.grpo.max_gen_kl_error
-        if self._version == step - 1 and not kl_error <= limit:
-            raise RuntimeError(
-                f"step {step}: generators and trainers hold version {self._version}, but their log-probabilities "
+        if not kl_error <= limit:
+            raise RunError(
+                f"step {step}: generators and trainers hold version {step - 1}, but their log-probabilities "
                 f"differ by a KL of {kl_error:.3g}, above grpo.max_gen_kl_error={limit:g}; they train nothing. "
                 f"A family rule or the engine computes another model: set policy.refit.verify_against_checkpoint=true "
                 f"and compare the trainer with transformers"
             )
-        return kl_error
 
     def _advantages(self, batch: RolloutBatch) -> torch.Tensor:
         grpo = self._config.grpo
@@ -190,6 +230,9 @@ class GrpoLoop:
         if not every or step % every:
             return None
         self._trainers.calibrate(batch)
+        with self._timed("drain_s"):
+            self._rollouts.before_refit(drain=not self._config.grpo.async_grpo.in_flight_weight_updates)
+        self._asked_version = step
         summary = self._refitter.refit(step)
         self._version = summary.version
         return summary
@@ -197,6 +240,10 @@ class GrpoLoop:
     def _learning_rate(self, step: int) -> float:
         optimizer, last = self._config.policy.megatron_cfg.optimizer, self._config.grpo.max_num_steps - 1
         return optimizer.lr + (optimizer.min_lr - optimizer.lr) * (step - 1) / max(last, 1)
+
+    def _mark(self, name: str, interval: tuple[float, float]) -> None:
+        """When something ran, in seconds since the loop was made."""
+        self._seconds |= {f"{name}_{e}_s": t - self._started_s for e, t in zip(("start", "end"), interval, strict=True)}
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -209,7 +256,7 @@ def _refit_metrics(summary: RefitSummary | None) -> Metrics:
     """The refit's part of a step's metrics; null where the step had none."""
     if summary is None:
         names = ("s", "bulk_bytes", "misc_bytes", "gb_per_s", "transport", "verified")
-        return {f"refit_{name}": None for name in names}
+        return {"pause_to_resume_s": None, **{f"refit_{name}": None for name in names}}
     return {
         "refit_s": summary.seconds,
         "refit_bulk_bytes": summary.bulk_bytes,
@@ -220,6 +267,8 @@ def _refit_metrics(summary: RefitSummary | None) -> Metrics:
         "refit_staging_bytes": summary.staging_bytes,
         "refit_predicted_s": summary.predicted_s,
         **{f"refit_{phase}_s": seconds for phase, seconds in summary.phase_s.items()},
+        "pause_to_resume_s": summary.paused_s,
+        **{f"pause_{part}_s": seconds for part, seconds in summary.pause_s.items()},
     }
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message names the step, the numbers and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +37,32 @@ class Completion:
         token_ids: sampled tokens, the end-of-sequence token included where the generator stopped by itself.
         logprobs: the generator's log-probability of each.
         finished: False where `max_new_tokens` cut it.
-        weight_version: version of the weights that sampled it.
+        versions: of the weights that sampled each token; they never fall.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
-    weight_version: int
+    versions: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities")
+        if not len(self.token_ids) == len(self.logprobs) == len(self.versions) > 0:
+            raise ValueError(
+                f"{len(self.token_ids)} tokens, {len(self.logprobs)} log-probabilities and {len(self.versions)} "
+                f"versions: a completion has as many of each, and at least one"
+            )
+        if any(later < earlier for earlier, later in itertools.pairwise(self.versions)):
+            raise ValueError(f"versions of a completion's tokens fall: {self.versions}")
+
+    @property
+    def oldest(self) -> int:
+        """Version of the weights that sampled the first token."""
+        return self.versions[0]
+
+    @property
+    def newest(self) -> int:
+        """Version of the weights that sampled the last token."""
+        return self.versions[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +84,7 @@ class RolloutBatch:
         lengths: tokens of each row; int64 `[N]`.
         mask: 1.0 at response tokens; column t belongs to token t of `input_ids`; float32 `[N, L]`.
         generator_logprobs: of token t given those before it, 0 where `mask` is 0; float32 `[N, L]`.
+        versions: of the weights that sampled token t, -1 where `mask` is 0; int64 `[N, L]`.
         rewards: float32 `[N]`.
         groups: prompt of each row; int64 `[N]`.
     """
@@ -72,6 +93,7 @@ class RolloutBatch:
     lengths: torch.Tensor
     mask: torch.Tensor
     generator_logprobs: torch.Tensor
+    versions: torch.Tensor
     rewards: torch.Tensor
     groups: torch.Tensor
 
@@ -81,8 +103,8 @@ class RolloutBatch:
 
     def rows(self, start: int, stop: int) -> RolloutBatch:
         """The samples `start .. stop - 1`."""
-        columns = (self.input_ids, self.lengths, self.mask, self.generator_logprobs, self.rewards, self.groups)
-        return RolloutBatch(*(column[start:stop] for column in columns))
+        tokens = (self.input_ids, self.lengths, self.mask, self.generator_logprobs, self.versions)
+        return RolloutBatch(*(column[start:stop] for column in (*tokens, self.rewards, self.groups)))
 
 
 def collate(samples: list[Sample], pad_id: int, pad_to_multiple: int = 8) -> RolloutBatch:
@@ -98,16 +120,19 @@ def collate(samples: list[Sample], pad_id: int, pad_to_multiple: int = 8) -> Rol
     input_ids = torch.full((len(samples), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(samples), width)
     logprobs = torch.zeros(len(samples), width)
+    versions = torch.full((len(samples), width), -1)
     for row, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
         start = len(sample.prompt.token_ids)
         input_ids[row, :size] = torch.tensor(sample.prompt.token_ids + sample.completion.token_ids)
         mask[row, start:size] = 1.0
         logprobs[row, start:size] = torch.tensor(sample.completion.logprobs)
+        versions[row, start:size] = torch.tensor(sample.completion.versions)
     return RolloutBatch(
         input_ids,
         torch.tensor(sizes),
         mask,
         logprobs,
+        versions,
         torch.tensor([s.reward for s in samples], dtype=torch.float32),
         torch.tensor([s.prompt.group for s in samples]),
     )

@@ -161,6 +161,7 @@ class RefitReport:
     above its start during the refit, the engine's own staging included (None where the kernel does not tell).
     `predictions` are the seconds that the cost model gave each transport that could be taken, without what engines do
     with landed bytes; empty where links were not measured.
+    `pause_s` is how long the refit kept the rank's engine from generating, by parts that add up to the whole.
     """
 
     version: int
@@ -174,6 +175,7 @@ class RefitReport:
     extra_rss_bytes: int | None = None
     required_bytes: int = 0
     predictions: Mapping[str, float] = field(default_factory=dict)
+    pause_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def predicted_s(self) -> float | None:

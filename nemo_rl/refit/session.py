@@ -113,6 +113,7 @@ class RefitSession:
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
         self._data_s = 0.9 * options.deadline_s
         self._touched = False
+        self._prepared: tuple[int, np.ndarray | None] | None = None
         self._phase_s: dict[str, float] = {}
         self._control: Control | None = None
         self._link_or_none: _Link | None = None
@@ -211,6 +212,21 @@ class RefitSession:
 
     # ---- transfer, verify, commit
 
+    def prepare(self, version: int, num_steps: int | None = None) -> Mapping[str, float]:
+        """The part of a refit during which engines may still serve: agree on `version`, look at the source's storage.
+
+        `refit` of the same version goes on from here, and does this part itself where nobody asked for it. Every rank
+        prepares, or none. Returns seconds by phase. Arguments and errors are those of `refit`.
+        """
+        self._phase_s = {}
+        with self._guarded("agree"):
+            self._check_version(version)
+            steps = {} if num_steps is None else {"optimizer steps": num_steps}
+            agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version, **steps})
+        with self._guarded("digest"):
+            self._prepared = version, self._look()
+        return dict(self._phase_s)
+
     def refit(self, version: int, num_steps: int | None = None) -> RefitReport:
         """Move the trainers' weights into the generators and commit them as `version`.
 
@@ -227,13 +243,10 @@ class RefitSession:
             VerificationError: bytes differ; parameter, region and both ranks.
         """
         started, memory = time.monotonic(), PeakRss()
-        self._phase_s = {}
-        with self._guarded("agree"):
-            self._check_version(version)
-            steps = {} if num_steps is None else {"optimizer steps": num_steps}
-            agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version, **steps})
-        with self._guarded("digest"):
-            held = self._look()
+        if self._prepared is None or self._prepared[0] != version:
+            self.prepare(version, num_steps)
+        assert self._prepared is not None
+        (_, held), self._prepared = self._prepared, None
         with self._guarded("begin"):
             self._begin(version)
         with self._guarded("transfer"):

@@ -77,6 +77,10 @@ class TrainerActor:
         problems = self._ready.weight_problems() if session.options.verify_against_checkpoint else ()
         return session.plan(problems).describe()
 
+    def refit_prepare(self, version: int) -> None:
+        """What a refit does before it needs generators at rest. Raises RefitError."""
+        self._connected.prepare(version, self._ready.num_steps)
+
     def refit(self, version: int) -> RefitReport:
         """Move the weights as `version`. Raises RefitError."""
         return self._connected.refit(version, self._ready.num_steps)

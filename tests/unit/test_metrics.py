@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nemo_rl.metrics import RunRecorder, make_run_folder, reward_margin, summary_table
+from nemo_rl.metrics import RunRecorder, make_run_folder, pause_line, reward_margin, step_line, summary_table
 
 
 def row(step: int, refit: bool = True) -> dict[str, Any]:
@@ -41,6 +41,16 @@ def test_files_of_a_run(tmp_path: Path, refit: bool) -> None:
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())
     assert "0.100 in the first fifth of the steps, 0.500 in the last: margin +0.400" in screen.getvalue()
+
+
+def test_console_tells_pauses_and_drift() -> None:
+    quiet = row(1) | {"pause_to_resume_s": None, "gen_kl_error": None, "gen_kl_drift": 0.02}
+    paused = row(2) | {"pause_to_resume_s": 0.25, "pause_transfer_s": 0.2, "pause_begin_s": 0.05}
+    longer = row(3) | {"pause_to_resume_s": 0.35, "pause_transfer_s": 0.2, "pause_begin_s": 0.05, "pause_call_s": 0.1}
+    assert "KL drift 2e-02" in step_line(quiet) and "pause" not in step_line(quiet)
+    assert step_line(paused).endswith("KL err 0e+00 refit 0.25 s pause 250 ms verified")
+    assert pause_line([quiet, paused, longer]) == "pause to resume: 300.0 ms = transfer 200.0 + begin 50.0 + call 50.0"
+    assert pause_line([quiet]) is None
 
 
 def test_margin_of_fifths() -> None:

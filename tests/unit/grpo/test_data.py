@@ -88,8 +88,8 @@ def test_prompts_are_numbered_groups() -> None:
 def test_collate_aligns_logprobs_with_tokens() -> None:
     prompts = [Prompt(0, Problem("", ""), (5, 6, 7)), Prompt(1, Problem("", ""), (8,))]
     samples = [
-        Sample(prompts[0], Completion((1, 2), (-0.5, -0.25), True, 0), "", 1.0),
-        Sample(prompts[1], Completion((3, 4, 9), (-1.0, -2.0, -3.0), True, 0), "", 0.0),
+        Sample(prompts[0], Completion((1, 2), (-0.5, -0.25), True, (0, 0)), "", 1.0),
+        Sample(prompts[1], Completion((3, 4, 9), (-1.0, -2.0, -3.0), True, (0, 1, 1)), "", 0.0),
     ]
     batch = collate(samples, pad_id=0, pad_to_multiple=4)
     assert batch.input_ids.tolist() == [[5, 6, 7, 1, 2, 0, 0, 0], [8, 3, 4, 9, 0, 0, 0, 0]]
