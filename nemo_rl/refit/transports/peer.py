@@ -20,6 +20,7 @@ import torch
 
 from nemo_rl.refit.base import World
 from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable, Message
@@ -127,15 +128,10 @@ class Peer:
         self._setting, self._plan, self._rank = setting, setting.plan, setting.rank
         self._control, self._world = setting.control, setting.plan.world
         self._memory = memory_of(setting.device)
-        copies = setting.plan.bulk
         self._layouts = {**setting.landings, **setting.sources}
-        self._relay = relay_of(setting.plan, setting.landings, self._memory.step_bytes)
-        self._given = self._relay.applied(copies)
-        self._sources = self._relay.givers(copies, self._rank)
-        self._readers = self._relay.readers(copies, self._rank)
-        self._used = np.unique(self._given.src_row[self._given.src_rank == self._rank]).tolist()
         self._board: Board | None = None
-        self._chain = self._join_chain()
+        self._arrange(setting.landings)
+        self._tried = not self._relay.num_steps
         self._shown: Rows | None = None
         self._seen: object = None
         self._opened: dict[int, tuple[int, Rows]] = {}
@@ -151,6 +147,7 @@ class Peer:
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming peer, round and parameter."""
         end = time.monotonic() + deadline_s
+        self._try_forwarders(tracker)
         self._offer(src_view, tracker)
         if tracker is not None:
             self._take(copies, tracker, end)
@@ -165,17 +162,38 @@ class Peer:
         if self._board is not None:
             self._board.close()
 
-    def _join_chain(self) -> Chain | None:
-        """Every rank opens the board where some generators forward; this rank's chain where it is in one."""
-        if not self._relay.num_steps:
-            return None
-        if self._rank == self._world.trainers[0]:
-            log.info("%s", self._relay.describe(self._world, self._plan.bulk))
-        self._board = Board.open(self._control)
-        if self._rank not in self._relay.num_steps:
-            return None
-        giver = next((r for r in self._sources if r not in self._world.trainers), None)
-        return Chain(self._board, self._rank, giver, self._relay.num_steps[self._rank])
+    # ---- who reads from whom
+
+    def _arrange(self, forwarders: Mapping[int, Layout]) -> None:
+        """Fix who gives what where the generators `forwarders` may read from each other; every rank does alike."""
+        copies = self._plan.bulk
+        self._relay = relay = relay_of(self._plan, forwarders, self._memory.step_bytes)
+        self._given = relay.applied(copies)
+        self._sources, self._readers = relay.givers(copies, self._rank), relay.readers(copies, self._rank)
+        self._used = np.unique(self._given.src_row[self._given.src_rank == self._rank]).tolist()
+        self._chain: Chain | None = None
+        if relay.num_steps:
+            self._board = self._board or Board.open(self._control)
+            giver = next((r for r in self._sources if r not in self._world.trainers), None)
+            if self._rank in relay.num_steps:
+                self._chain = Chain(self._board, self._rank, giver, relay.num_steps[self._rank])
+        if self._rank == self._world.trainers[0] and relay.num_steps:
+            log.info("%s", relay.describe(self._world, copies))
+
+    def _try_forwarders(self, tracker: Tracker | None) -> None:
+        """Before the first transfer: generators whose memory cannot be shown to others do not forward."""
+        if self._tried:
+            return
+        self._tried, mute = True, ""
+        if self._used and self._rank in self._setting.landings and tracker is not None:
+            try:
+                self._memory.show([tracker.rows(IN_PLACE)[row] for row in self._used])
+            except OSError as error:
+                mute = str(error)
+                log.warning("%s does not forward what it got: %s", self._world.describe(self._rank), mute)
+        said = self._control.gather("transfer", mute.encode())
+        if any(said.values()):
+            self._arrange({r: layout for r, layout in self._setting.landings.items() if not said[r]})
 
     # ---- the side that is read
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -16,40 +15,26 @@ from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import RefitError, TransferError
 from nemo_rl.refit.transports.board import Board
 
+from .forked import Forked
+
 WORLD = World.of(1, 2)
 
 
-@pytest.fixture
-def store():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
+def started(work):
+    """Ranks 1 and 2 as processes that open the board and `work(board, rank)`, and this process's board of rank 0."""
 
+    def run(rank, port):
+        return work(Board.open(Control(rank, WORLD, ("127.0.0.1", port), 10), lanes=2), rank)
 
-def started(store, rank, work):
-    """A process that opens the board as `rank` and works with it."""
-    port, pid = store.port, os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work(Board.open(Control(rank, WORLD, ("127.0.0.1", port), 10), lanes=2))
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
-def opened(store, deadline_s=10):
-    return Board.open(Control(0, WORLD, ("127.0.0.1", store.port), deadline_s), lanes=2)
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    ranks = Forked((1, 2), run)
+    return ranks, Board.open(Control(0, WORLD, ranks.store, 10), lanes=2)
 
 
 def soon(seconds=10):
     return time.monotonic() + seconds
 
 
-def test_what_each_process_says_is_seen_by_all(store):
+def test_what_each_process_says_is_seen_by_all():
     """A token goes round: 0 -> 1 -> 2 -> 0, in a lane of its own; the other lane stays."""
 
     def pass_on(board, rank):
@@ -58,13 +43,12 @@ def test_what_each_process_says_is_seen_by_all(store):
             board.post(turn, lane=1)
         assert [board.seen(r) for r in range(3)] == [0, 0, 0]
 
-    children = [started(store, rank, lambda b, rank=rank: pass_on(b, rank)) for rank in (1, 2)]
-    board = opened(store)
+    ranks, board = started(pass_on)
     for turn in range(1, 200):
         board.post(turn, lane=1)
         board.wait({2: turn}, "transfer", soon(), lane=1)
         assert board.seen(1, lane=1) == turn
-    assert [ended(pid) for pid in children] == [0, 0]
+    assert ranks.codes() == {1: 0, 2: 0}
     board.wait({1: 199, 2: 199}, "transfer", soon(0), lane=1)
     with pytest.raises(ValueError, match="rank 0 posts 3 in lane 1 after 199"):
         board.post(3, lane=1)
@@ -72,37 +56,36 @@ def test_what_each_process_says_is_seen_by_all(store):
     board.close()
 
 
-def test_who_waits_for_a_dead_process_is_told_long_before_the_deadline(store):
+def test_who_waits_for_a_dead_process_is_told_long_before_the_deadline():
     def say_and_hang(board, rank):
         board.post(rank)
         time.sleep(60)
 
-    children = [started(store, rank, lambda b, rank=rank: say_and_hang(b, rank)) for rank in (1, 2)]
-    board, begun = opened(store), time.monotonic()
+    (ranks, board), begun = started(say_and_hang), time.monotonic()
     board.wait({1: 1, 2: 2}, "transfer", soon())
-    for pid in children:
+    for pid in ranks.pids.values():
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(TransferError, match=r"process ended of generator 0 \(rank 1\), which said 1 of 7") as caught:
         board.wait({1: 7, 2: 2}, "transfer", soon())
     assert caught.value.phase == "transfer" and time.monotonic() - begun < 5
-    assert [ended(pid) for pid in children] == [-signal.SIGKILL] * 2
+    assert ranks.codes() == {1: -signal.SIGKILL, 2: -signal.SIGKILL}
     with pytest.raises(TransferError, match=r"ended of generator 1 \(rank 2\), which said 2 of 3"):
         board.wait({2: 3}, "transfer", soon())
     board.wait({1: 1, 2: 2}, "transfer", soon(0))
 
 
-def test_waits_end_at_the_deadline_and_at_an_abort(store):
-    children = [started(store, rank, lambda b: b.wait({0: 1}, "transfer", soon())) for rank in (1, 2)]
-    board = opened(store)
+def test_waits_end_at_the_deadline_and_at_an_abort():
+    ranks, board = started(lambda b, rank: b.wait({0: 1}, "transfer", soon()))
     with pytest.raises(TransferError, match=r"until the deadline for generator 1 \(rank 2\), which said 0 of 1"):
         board.wait({2: 1}, "transfer", soon(0.1))
     board._control.abort(TransferError("no link", rank=1, phase="transfer", remedy="none"))
     with pytest.raises(RefitError, match=r"generator 0 \(rank 1\) failed in phase 'transfer': no link"):
         board.wait({2: 1}, "transfer", soon())
-    assert [ended(pid) for pid in children] == [1, 1], "an abort ends the waits of all"
+    assert ranks.codes() == {1: 1, 2: 1}, "an abort ends the waits of all"
 
 
-def test_a_board_of_which_nothing_can_be_read_is_refused(store, monkeypatch):
+def test_a_board_of_which_nothing_can_be_read_is_refused(monkeypatch):
+    store = dist.HashStore()
     members = [Control(rank, World.of(1, 1), store, 2) for rank in range(2)]
     monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError("not yours")))
     with ThreadPoolExecutor(2) as pool:

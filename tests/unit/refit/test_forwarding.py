@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError, VerificationError
@@ -18,6 +16,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports.host_memory import HostMemory
 
+from .forked import Forked
 from .planted import model
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, same_bytes
 
@@ -105,6 +104,20 @@ def test_storage_of_a_forwarder_that_moved_is_shown_again():
     assert sim.sessions[2]._agreed.mover._opened[1] is not seen
 
 
+def test_replicas_whose_memory_cannot_be_shown_do_not_forward(caplog):
+    sim, sources, landings = world_of(1, 1, 4)
+    movers = [s._agreed.mover for s in sim.sessions]
+
+    def refuse(views):
+        raise OSError("memory without a handle")
+
+    movers[1]._memory.show = refuse
+    reports = refits(sim, sources, landings, (1, 2))
+    assert [m._sources for m in movers] == [[], [0], [0], [2], [3]] and movers[0]._readers == [1, 2]
+    assert "generator 0 (rank 1) does not forward what it got: memory without a handle" in caplog.text
+    assert reports[1].bulk_bytes < 1.1 * reports[4].bulk_bytes
+
+
 def test_wrong_bytes_of_a_forwarder_are_caught_where_they_land():
     """A byte is wrong at the first replica from the step in which it landed, and right again once others read it."""
     sim, _, landings = world_of(1, 1, 3)
@@ -152,7 +165,6 @@ def dies_in_the_middle(mover):
 
 def one_rank(rank, world, port, victim, versions):
     """Three refits; the victim dies in the middle of the steps of the last one. Exit 7: a named error came in time."""
-    torch.set_num_threads(1)
     source = PlainSource.of(model(TABLE), TABLE, rows(0, 1, 0)) if rank == 0 else None
     landing = PlainLanding(rows(0, 1, 0), seed=rank) if rank else None
     session = RefitSession(rank, world, ("127.0.0.1", port), OPTIONS, source, landing)
@@ -180,18 +192,8 @@ def one_rank(rank, world, port, victim, versions):
 
 @pytest.mark.parametrize("victim", [1, 2, None])
 def test_a_forwarder_that_dies_ends_the_others_at_once(victim):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
-    children = []
-    for rank in range(4):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = one_rank(rank, World.of(1, 3), store.port, victim, 3)
-            finally:
-                os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    ranks = Forked(range(4), lambda rank, port: one_rank(rank, World.of(1, 3), port, victim, 3))
+    codes = list(ranks.codes().values())
     expected = [0] * 4 if victim is None else [-signal.SIGKILL if rank == victim else 7 for rank in range(4)]
     assert codes == expected
 
