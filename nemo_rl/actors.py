@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
 from nemo_rl.config import Config
 from nemo_rl.generator.actor import CONTROL, GeneratorActor
-from nemo_rl.generator.engine import GeneratorConfig, worker_env
+from nemo_rl.generator.options import GeneratorConfig, worker_env
 from nemo_rl.grpo.loop import RefitSummary
 from nemo_rl.grpo.loss import BatchLoss, LossInputs, LossOptions, Normalizer
 from nemo_rl.grpo.rollouts import GenerationRequest

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import ray
 import torch
 
-from nemo_rl.generator.engine import Generated, GeneratorConfig, Store, VllmEngine
+from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.generator.options import Generated, GeneratorConfig, Store
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 
 CONTROL = "control"

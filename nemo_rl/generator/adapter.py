@@ -22,8 +22,8 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 from nemo_rl.generator.compat import adapter_names
-from nemo_rl.generator.engine import ADAPTER_ID, AdapterConfig
 from nemo_rl.generator.landing import IN_PLACE, view_of
+from nemo_rl.generator.options import ADAPTER_ID, AdapterConfig
 from nemo_rl.refit.base import Declaration
 from nemo_rl.refit.layout import Layout, TensorTable
 from nemo_rl.refit.trace import Trace, TracedRow, trace_loader

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+from nemo_rl.refit.base import RefitReport
 
 
 class Gate:
@@ -85,3 +87,25 @@ class Laps:
         seconds, self._last = now - self._last, now
         self.parts[name] = self.parts.get(name, 0.0) + seconds
         return seconds
+
+
+def pause_parts(
+    laps: Mapping[str, float],
+    reports: Sequence[RefitReport],
+    prepared: Sequence[Mapping[str, float]],
+    earlier: Mapping[str, float],
+) -> dict[str, float]:
+    """Laps of a refit, the one called `session` split by the phases of its slowest worker; what is left is `call`.
+
+    Args:
+        prepared: phases that each worker's report tells although they ran before the first lap.
+        earlier: laps of those.
+    """
+    slowest = max(range(len(reports)), key=lambda i: reports[i].total_s)
+    before = prepared[slowest] if prepared else {}
+    inside = {name: s - before.get(name, 0.0) for name, s in reports[slowest].phase_s.items()}
+    parts = {**laps, **inside, "call": laps["session"] - sum(inside.values())}
+    del parts["session"]
+    for name, seconds in earlier.items():
+        parts[name] = parts.get(name, 0.0) + seconds
+    return {name: seconds for name, seconds in parts.items() if seconds}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+
+Weights = Callable[[], AbstractContextManager[int]]
+"""Holds the engine; yields the version of its weights meanwhile."""
 
 
 @dataclass(slots=True)
@@ -43,11 +47,23 @@ class Stepper:
         """Requests that were added and have not ended."""
         return len(self._growing)
 
-    def add(self, prompt: Sequence[int], params: Any, version: int) -> Growing:
-        """Ask for one sample; `params` are vLLM's, of kind DELTA with `n=1`."""
-        growing = Growing(list(prompt), params)
-        self._add(growing, version)
-        return growing
+    def answer(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[Sequence[Any]], weights: Weights
+    ) -> list[list[Growing]]:
+        """Samples of each prompt, one for each of its `params`, which are vLLM's of kind DELTA with `n=1`.
+
+        Raises:
+            RuntimeError: the engine lost requests or gave one up; those that have not ended are still there.
+        """
+        asked = [[Growing(list(prompt), one) for one in some] for prompt, some in zip(prompts, params, strict=True)]
+        for samples in asked:
+            with weights() as version:
+                for growing in samples:
+                    self._add(growing, version)
+        while self._growing:
+            with weights() as version:
+                self.step(version)
+        return asked
 
     def _add(self, growing: Growing, version: int) -> None:
         from vllm.inputs.engine import tokens_input

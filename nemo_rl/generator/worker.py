@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nemo_rl.generator.engine import AdapterConfig, Outcome
 from nemo_rl.generator.landing import VllmLanding
 from nemo_rl.generator.mend import mend_rotation
+from nemo_rl.generator.options import AdapterConfig, Outcome
 from nemo_rl.refit.base import Landing, RefitOptions, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 from nemo_rl.refit.session import RefitSession
@@ -85,8 +85,14 @@ class RefitWorker:
         return self._said(lambda: self._session().prepare(version), "agree")
 
     def refit(self, version: int) -> Outcome:
-        """The worker's report."""
-        return self._said(lambda: self._session().refit(version), "refit")
+        """The worker's report. The engine is at rest: what its device still computes ends first."""
+
+        def refit() -> object:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return self._session().refit(version)
+
+        return self._said(refit, "refit")
 
     def refit_close(self) -> Outcome:
         """Idempotent."""

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_rl.generator.engine import GeneratorConfig, VllmEngine, worker_env
+from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.generator.options import GeneratorConfig, worker_env
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.layout import Holding, TensorMeta, TensorTable, natural_order

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_rl.generator.engine import AdapterConfig, VllmEngine
+from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.generator.options import AdapterConfig
 from nemo_rl.refit.base import RefitOptions
 from tests.e2e.engines import (
     FileSource,

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nemo_rl.generator.engine import Generated, VllmEngine
+from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.generator.options import Generated
 from nemo_rl.refit.base import RefitOptions
 from nemo_rl.refit.errors import RefitError
 from tests.e2e.engines import FileSource, Kind, answer, check, plain, raised, run, trained

@@ -16,7 +16,7 @@ from nemo_rl.actors import Actors, generator_config, refit_options
 from nemo_rl.cluster import Cluster
 from nemo_rl.config import Config, load_config
 from nemo_rl.generator.actor import GeneratorActor
-from nemo_rl.generator.engine import worker_env
+from nemo_rl.generator.options import worker_env
 from nemo_rl.grpo.loss import LossInputs, LossOptions
 from nemo_rl.grpo.types import RolloutBatch
 from nemo_rl.topology import topology_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl.generator.engine import AdapterConfig
+from nemo_rl.generator.options import AdapterConfig
 from nemo_rl.generator.ranks import EngineSpec, as_rank
 from nemo_rl.generator.twin import build_twin
 from nemo_rl.refit.layout import TensorTable

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nemo_rl.generator.engine import GeneratorConfig, VllmEngine, worker_env
+from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.generator.options import GeneratorConfig, worker_env
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.session import RefitSession

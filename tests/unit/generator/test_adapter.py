@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_rl.generator.engine import AdapterConfig
+from nemo_rl.generator.options import AdapterConfig
 from nemo_rl.generator.preflight import PREFLIGHT_ENV
 from nemo_rl.refit.layout import TensorMeta, TensorTable
 from nemo_rl.refit.region import Region

@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from nemo_rl.generator.engine import pause_parts
-from nemo_rl.generator.gate import Gate, Laps
+from nemo_rl.generator.gate import Gate, Laps, pause_parts
 from nemo_rl.refit.base import RefitReport
 
 
