@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_rl.refit.transports.nccl_lanes import NcclLanes
+from nemo_rl.refit.transports.own_nccl import make_group
 
 
 class _Work:
@@ -71,5 +72,5 @@ class NcclChannel:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
             with torch.cuda.device(self._device):
-                self._groups[ranks] = dist.ProcessGroupNCCL(store, ranks.index(self._rank), len(ranks), options)
+                self._groups[ranks] = make_group(store, ranks.index(self._rank), len(ranks), options)
         return self._groups[ranks]

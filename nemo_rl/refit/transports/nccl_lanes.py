@@ -13,6 +13,7 @@ import torch.distributed as dist
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.lanes import Post
+from nemo_rl.refit.transports.own_nccl import make_group
 
 PACK_PROGRAMS = 64
 """Programs that pack or spread a parcel: enough to be ahead of the wire, few enough to leave it its bandwidth."""
@@ -58,7 +59,7 @@ class NcclLanes:
             for lane in range(count):
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
                 options._timeout = _NEVER
-                group = dist.ProcessGroupNCCL(dist.PrefixStore(f"lane{lane}", store), rank, size, options)
+                group = make_group(dist.PrefixStore(f"lane{lane}", store), rank, size, options)
                 group.eager_connect_single_device(self._device)
                 self._groups.append(group)
 
