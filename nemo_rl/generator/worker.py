@@ -85,14 +85,20 @@ class RefitWorker:
         return self._said(lambda: self._session().prepare(version), "agree")
 
     def refit(self, version: int) -> Outcome:
-        """The worker's report. The engine is at rest: what its device still computes ends first."""
+        """The worker's report. Who steps the engine may be another thread, whose stream knows nothing of this one's."""
 
         def refit() -> object:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            return self._session().refit(version)
+            self._rest()
+            report = self._session().refit(version)
+            self._rest()
+            return report
 
         return self._said(refit, "refit")
+
+    def _rest(self) -> None:
+        """Until the device is done with all that was started on it, on whatever stream."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def refit_close(self) -> Outcome:
         """Idempotent."""
