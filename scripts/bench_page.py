@@ -163,19 +163,19 @@ def _draw_case(panel: Any, case: str, rows: Sequence[Row]) -> None:
         light = 0.55 if row["verified"] else 1.0
         panel.barh(place, row["gb_per_s"], color=color, alpha=light, height=0.7)
         panel.text(row["gb_per_s"], place, f" {row['gb_per_s']:.0f}", va="center", fontsize=8)
+    lines: list[str] = []
     for kind, style in (("copy engine", "-"), ("send/recv", "--")):
         rates = [row["gb_per_s"] for row in rows if row["variant"].startswith(f"links: {kind}")]
         if rates:
-            panel.axvline(max(rates), color="black", linestyle=style, linewidth=1, label=f"{kind} {max(rates):.0f}")
+            panel.axvline(max(rates), color="black", linestyle=style, linewidth=1)
+            lines.append(f"{kind} {max(rates):.0f}{' (dashed)' if style == '--' else ''}")
     panel.set_yticks(range(len(bars)), [row["variant"] for row in bars], fontsize=8)
     panel.invert_yaxis()
     panel.set_title(case, fontsize=9)
-    panel.set_xlabel("GB/s into each generator", fontsize=8)
+    ceilings = f"; ceilings: {', '.join(lines)}" if lines else ""
+    panel.set_xlabel(f"GB/s into each generator{ceilings}", fontsize=8)
     panel.tick_params(axis="x", labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-    if panel.get_legend_handles_labels()[0]:
-        panel.margins(x=0.12)
-        panel.legend(fontsize=7, title="ceilings", title_fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.3))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.refit.layout import TensorTable
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.trainer import families
@@ -75,6 +77,7 @@ class Held:
     world: World
     source: BenchSource | None
     landing: BenchLanding | None
+    table: TensorTable
     plans: dict[tuple[Any, ...], Any]
     weights: int = 0
     version: int = 0
@@ -182,7 +185,7 @@ class Rank:
             store = Store(self.device)
             rows = generator_rows(shape, case.engines, self.rank - len(world.trainers), store)
             landing = BenchLanding(table, rows, store)
-        held = Held(case, world, source, landing, {})
+        held = Held(case, world, source, landing, table, {})
         held.renew()
         wrong = held.wrong()
         log.info("%s: held after %.2f s; %d tensors not there yet", case.name, time.monotonic() - started, len(wrong))
@@ -191,8 +194,8 @@ class Rank:
     # ---- one variant
 
     def _variant(self, held: Held, variant: str, meeting: Meeting) -> None:
-        if variant.split()[0] in OTHERS:
-            said = OTHERS[variant.split()[0]](self, held, variant, meeting)
+        if variant in OTHERS:
+            said: Said = importlib.import_module(OTHERS[variant]).run(self, held, variant, meeting)
         else:
             said = self._session(held, variant, meeting)
         rows = [Said(**each) for each in meeting.say("summary", said.as_dict())]
@@ -309,5 +312,5 @@ class _Outcome:
     good: bool = True
 
 
-OTHERS: dict[str, Callable[[Rank, Held, str, Meeting], Said]] = {}
-"""Ways of others, by name; each runs `Rank.refits` with its own refit."""
+OTHERS = {"vllm": "scripts.bench.vllm_transfer", "checkpoint-engine": "scripts.bench.checkpoint_engine"}
+"""Ways of others: name -> module whose `run` runs `Rank.refits` with a refit of its own."""
