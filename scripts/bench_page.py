@@ -110,7 +110,8 @@ def _line(cells: Iterable[str]) -> str:
 
 def _cells(row: Row) -> list[str]:
     seconds = [row[f"seconds_{which}"] * 1e3 for which in ("median", "min", "max")]
-    cells = [row["variant"], f"{seconds[0]:.1f} [{seconds[1]:.1f}, {seconds[2]:.1f}]"]
+    name = row["variant"] + (f" ({row['transport']})" if row["variant"].startswith("auto") else "")
+    cells = [name, f"{seconds[0]:.1f} [{seconds[1]:.1f}, {seconds[2]:.1f}]"]
     cells += [_ms(row.get("transfer_median")), f"{row['gb_per_s']:.1f}"]
     cells += [_share(row.get("share_of_ceiling")), _share(row.get("share_of_copy_ceiling"))]
     cells.append(f"{row['staging_bytes'] / 2**20:.1f}" if "staging_bytes" in row else "")

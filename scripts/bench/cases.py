@@ -126,7 +126,8 @@ PEER = ("peer" + NO_VERIFY, "peer")
 NCCL = ("nccl" + NO_VERIFY, "nccl")
 M2N = ("m2n" + NO_VERIFY,)
 CONVENTIONAL = ("broadcast" + NO_VERIFY,)
-MOST = (LINKS, *PEER, *NCCL, *CONVENTIONAL)
+AUTO = ("auto" + NO_VERIFY,)
+MOST = (LINKS, *PEER, *NCCL, *CONVENTIONAL, *AUTO)
 OTHERS = ("vllm", "checkpoint-engine")
 
 _ONE = Parallel(1)
@@ -146,7 +147,8 @@ _FOUR: tuple[Case, ...] = (
     Case("30B EP2 -> TP2 one buffer", _MOE, _EP2, Engines(2), (LINKS, *PEER), one_buffer=True),
     Case("30B PP3 -> 1", _MOE, Parallel(3, pipeline=3), Engines(1), MOST),
     Case("30B 2 layers EP2 -> TP2", _MOE, _EP2, Engines(2), (LINKS, *PEER, "broadcast", "golden"), layers=2, repeat=3),
-    Case("30B EP2 -> TP2 others", _MOE, _EP2, Engines(2), (LINKS, *OTHERS)),
+    Case("30B EP2 -> TP2 by vLLM", _MOE, _EP2, Engines(2), (LINKS, "vllm")),
+    Case("30B 8 layers EP2 -> TP2", _MOE, _EP2, Engines(2), (LINKS, "peer" + NO_VERIFY, *OTHERS), layers=8),
 )
 
 _TWO: tuple[Case, ...] = tuple(
@@ -163,7 +165,7 @@ _TWO: tuple[Case, ...] = tuple(
         Case("30B PP2 -> TP2 over one link", _MOE, Parallel(2, pipeline=2), Engines(2), (LINKS, *PEER), shared=True),
         Case("4B 1 -> 3 replicas over one link", _DENSE, _ONE, Engines(1, 3), (LINKS, *PEER), shared=True),
         Case("30B 2 layers 1 -> first of TP2", _MOE, _ONE, _HALF, (LINKS, *PEER, "broadcast", "golden"), layers=2),
-        Case("30B 1 -> first of TP2 others", _MOE, _ONE, _HALF, (LINKS, *OTHERS)),
+        Case("30B 8 layers 1 -> first of TP2", _MOE, _ONE, _HALF, (LINKS, "peer" + NO_VERIFY, *OTHERS), layers=8),
     )
 )
 

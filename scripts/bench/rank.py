@@ -206,7 +206,15 @@ class Rank:
         """A session of its own, its refits, and what this rank saw of them."""
         name, verify = variant.removesuffix(NO_VERIFY), not variant.endswith(NO_VERIFY)
         asked = self.options
-        options = RefitOptions(name, asked.bucket_mb << 20, asked.num_streams, asked.deadline, verify)
+        options = RefitOptions(
+            name,
+            asked.bucket_mb << 20,
+            asked.num_streams,
+            asked.deadline,
+            verify,
+            measure_links="auto",  # once in this world; the other variants read what was measured
+            cache_dir=str(self.out.absolute()),
+        )
         store = dist.PrefixStore("session", meeting.store)
         before = self.free_memory(give_back=True)
         session = RefitSession(

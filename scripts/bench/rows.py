@@ -36,6 +36,7 @@ class Said:
     memory_bytes: int
     profile: dict[str, float] = field(default_factory=dict)
     transport: str = ""
+    predictions: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -61,6 +62,7 @@ class Said:
             memory_bytes,
             profile,
             reports[-1].transport,
+            dict(reports[-1].predictions),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def row_of(case: Case, variant: str, world: World, said: Sequence[Said]) -> dict
         "bit_exact": not any(s.wrong for s in said),
         "wrong": sorted({name for s in said for name in s.wrong})[:5],
         "phase_s": {p: _median([s.phases[p] for s in said]) for p in said[0].phases},
+        "predictions": said[0].predictions,
         "profile": {key: max(s.profile.get(key, 0.0) for s in said) for key in said[0].profile},
     }
 
@@ -144,9 +147,19 @@ def _shares(row: Mapping[str, Any], of_case: Sequence[Mapping[str, Any]]) -> dic
     if copy:
         found["share_of_copy_ceiling"] = row["gb_per_s"] / copy
     twin = next((r for r in of_case if r["variant"] == row["variant"] + NO_VERIFY and "error" not in r), None)
+    predicted = row["predictions"] or _predicted(row, of_case)
+    if row["transport"] in predicted:
+        found["predicted_s"] = predicted[row["transport"]]
     if twin is not None:
         found["verify_cost_s"] = row["seconds_median"] - twin["seconds_median"]
     return found
+
+
+def _predicted(row: Mapping[str, Any], of_case: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+    """What `auto` predicted for this case, with or without digests as in `row`."""
+    name = "auto" if row["verified"] else "auto" + NO_VERIFY
+    found = (r["predictions"] for r in of_case if r["variant"] == name and "error" not in r)
+    return next(found, {})
 
 
 def is_link(row: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ def run(rank: Rank, held: Held, variant: str, meeting: Meeting) -> Said:
     if rank.device.type != "cuda":
         raise ValueError("vLLM's weight transfer over NCCL moves CUDA tensors only")
     before, started = rank.free_memory(give_back=True), time.monotonic()
-    port = meeting.say("port", _free_port())[0]
+    port = meeting.say("port", free_port())[0]
     end = _trainer(rank, held, meeting, port) if held.source is not None else _generator(rank, held, port)
     try:
         ready_s = time.monotonic() - started
@@ -48,7 +48,7 @@ def _refit(end: Any, version: int) -> RefitReport:
     return RefitReport(version, "vllm", False, seconds, {"transfer": seconds}, num_bytes, 0, end.staging_bytes)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -46,16 +46,17 @@ class Gathered:
     Args:
         store: of this gathering alone.
         rank: of this trainer.
+        alone: this trainer's own tensors are asked for, and nothing is passed.
     """
 
-    def __init__(self, held: Held, store: dist.Store, rank: int, device: torch.device) -> None:
+    def __init__(self, held: Held, store: dist.Store, rank: int, device: torch.device, alone: bool = False) -> None:
         assert held.source is not None
         self._table, self._rank, self._device, self._owner = held.table, rank, device, owners(held)
         self._rows: dict[str, list[Placed]] = {}
         for row in held.source.rows:
             self._rows.setdefault(row[0], []).append(row)
         self._group: Any = None
-        if set(self._owner.values()) != {0}:
+        if not alone and set(self._owner.values()) != {0}:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timedelta(seconds=60)
             self._group = dist.ProcessGroupNCCL(store, rank, held.case.trainers.world_size, options)
@@ -66,7 +67,7 @@ class Gathered:
             away = [fqn for fqn in names if self._owner[fqn]]
             got = self._pass(away)
             if self._rank == 0:
-                yield from ((fqn, got[fqn] if fqn in got else self._whole(fqn)) for fqn in names)
+                yield from ((fqn, got[fqn] if fqn in got else self.whole(fqn)) for fqn in names)
 
     def _pass(self, away: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors that others hold, at trainer 0; the current stream has them."""
@@ -80,11 +81,11 @@ class Gathered:
                 got[fqn] = torch.empty(self._table[fqn].shape, dtype=DTYPE, device=self._device)
                 self._group.recv([got[fqn]], self._owner[fqn], 0)
             else:
-                self._group.send([self._whole(fqn)], 0, 0)
+                self._group.send([self.whole(fqn)], 0, 0)
         self._group._end_coalescing().wait()
         return got
 
-    def _whole(self, fqn: str) -> torch.Tensor:
+    def whole(self, fqn: str) -> torch.Tensor:
         """Where it lies, if it lies in one piece; otherwise put together."""
         rows, shape = self._rows[fqn], self._table[fqn].shape
         if len(rows) == 1 and rows[0][2].is_contiguous():

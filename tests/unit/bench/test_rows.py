@@ -61,6 +61,7 @@ def test_shares_are_of_the_ceiling_of_the_same_case_and_kind() -> None:
             "seconds_median": seconds,
         }
 
+    unverified = {**refit("auto" + NO_VERIFY, "peer", 380.0, 2.0), "verified": False}
     rows = finished(
         [
             link("other", "copy engine put, contiguous", 1000.0),
@@ -69,10 +70,12 @@ def test_shares_are_of_the_ceiling_of_the_same_case_and_kind() -> None:
             link("c", "send/recv grouped, at once", 340.0),
             link("c", "send/recv grouped, in phases", 320.0),
             link("c", "broadcast to all", 999.0),
-            refit("peer" + NO_VERIFY, "peer", 380.0, 2.0),
+            {**refit("peer" + NO_VERIFY, "peer", 380.0, 2.0), "verified": False},
             refit("peer", "peer", 300.0, 2.5),
             refit("nccl", "nccl", 170.0, 4.0),
             refit("broadcast", "broadcast", 100.0, 6.0),
+            {**refit("auto", "peer", 300.0, 2.5), "predictions": {"peer": 2.25, "nccl": 3.5}},
+            {**unverified, "predictions": {"peer": 1.5, "nccl": 3.0}},
             error_row(CASE, "m2n", "why"),
         ]
     )
@@ -83,6 +86,8 @@ def test_shares_are_of_the_ceiling_of_the_same_case_and_kind() -> None:
     assert by_variant["nccl"]["share_of_ceiling"] == pytest.approx(0.5)
     assert by_variant["nccl"]["share_of_copy_ceiling"] == pytest.approx(0.425)
     assert by_variant["broadcast"]["share_of_ceiling"] == pytest.approx(0.25)
+    assert by_variant["peer"]["predicted_s"] == 2.25 and by_variant["peer no verify"]["predicted_s"] == 1.5
+    assert by_variant["nccl"]["predicted_s"] == 3.5 and "predicted_s" not in by_variant["broadcast"]
     assert "verify_cost_s" not in by_variant["nccl"] and by_variant["m2n"]["error"] == "why"
 
 
