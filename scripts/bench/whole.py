@@ -62,12 +62,15 @@ class Gathered:
             self._group = dist.ProcessGroupNCCL(store, rank, held.case.trainers.world_size, options)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """In the table's order at trainer 0; nothing at the others, which have sent theirs when it ends."""
+        """In the table's order at trainer 0, on the stream that is current then; nothing at the others, which have
+        sent theirs when it ends."""
         for names in by_layer(self._table):
             away = [fqn for fqn in names if self._owner[fqn]]
             got = self._pass(away)
+            ready = torch.cuda.current_stream(self._device).record_event() if got else None
             if self._rank == 0:
-                yield from ((fqn, got[fqn] if fqn in got else self.whole(fqn)) for fqn in names)
+                for fqn in names:
+                    yield fqn, self._here(got[fqn], ready) if fqn in got else self.whole(fqn)
 
     def _pass(self, away: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors that others hold, at trainer 0; the current stream has them."""
@@ -84,6 +87,14 @@ class Gathered:
                 self._group.send([self.whole(fqn)], 0, 0)
         self._group._end_coalescing().wait()
         return got
+
+    def _here(self, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> torch.Tensor:
+        """`tensor` on the stream that asks for it, which need not be the one that received it."""
+        stream = torch.cuda.current_stream(self._device)
+        if ready is not None:
+            stream.wait_event(ready)
+        tensor.record_stream(stream)
+        return tensor
 
     def whole(self, fqn: str) -> torch.Tensor:
         """Where it lies, if it lies in one piece; otherwise put together."""

@@ -105,8 +105,8 @@ def test_any_box_is_read_into_any_other() -> None:
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("variants", ["peer,peer no verify", "nccl", "golden,broadcast"])
 def test_refits_between_processes_that_see_one_gpu_each(variants: str, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/bench_gpu.py", "--small", "--layers", "2", "--trainers", "1"]
-    command += ["--generators", "1", "--repeat", "3", "--deadline", "20", "--limit", "100"]
+    command = [sys.executable, "scripts/bench_refit.py", "--device", "cuda", "--small", "--layers", "2"]
+    command += ["--trainers", "1", "--generators", "1", "--repeat", "3", "--deadline", "20", "--limit", "100"]
     done = subprocess.run(
         [*command, "--variants", variants, "--out", str(tmp_path)],
         cwd=ROOT,
