@@ -103,7 +103,6 @@ def test_conventional_refits(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_devices_that_trainers_and_an_engine_share(models: Path, tmp_path: Path) -> None:
     sizes = ["cluster.gpus_per_node=2", "policy.generation.vllm_cfg.tensor_parallel_size=2"]
     rows, printed = run(DENSE, models, tmp_path, 2, "policy.generation.colocated.enabled=true", *sizes)
@@ -111,6 +110,7 @@ def test_devices_that_trainers_and_an_engine_share(models: Path, tmp_path: Path)
     assert "2 trainer ranks and 1 generators of 2 rank(s)" in printed
 
 
+@pytest.mark.slow
 def test_without_refits_generator_and_trainer_part(models: Path, tmp_path: Path) -> None:
     rows, _ = run(DENSE, models, tmp_path, 3, "grpo.refit_every=0")
     assert rows[0]["gen_kl_error"] < FRESH and min(r["gen_kl_drift"] for r in rows[1:]) > STALE

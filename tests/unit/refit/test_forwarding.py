@@ -199,7 +199,7 @@ def test_a_forwarder_that_dies_ends_the_others_at_once(victim):
 
 
 def test_a_forwarder_that_hangs_is_named_at_the_deadline(monkeypatch):
-    monkeypatch.setitem(globals(), "OPTIONS", RefitOptions(transport="peer", bucket_bytes=1024, deadline_s=1))
+    monkeypatch.setitem(globals(), "OPTIONS", RefitOptions(transport="peer", bucket_bytes=1024, deadline_s=3))
     sim, _, landings = world_of(1, 1, 2)
     sim.sessions[1]._agreed.mover._memory.mark = lambda: lambda: False
     results = sim.refit(1)
