@@ -100,7 +100,7 @@ def table(rows: Iterable[Row]) -> list[str]:
     lines = [_line(_HEAD), _line("---" if i == 0 else "---:" for i in range(len(_HEAD)))]
     lines += [_line(_cells(row)) for row in rows if "error" not in row]
     for row in (row for row in rows if "error" in row):
-        lines += ["", f"`{row['variant']}` gave no result: {' '.join(row['error'].split())[:300]}"]
+        lines += ["", f"`{row['variant']}` gave no result: {' '.join(str(row['error']).split())[:300]}"]
     return lines
 
 
@@ -109,10 +109,10 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    seconds = [row[f"seconds_{which}"] * 1e3 for which in ("median", "min", "max")]
+    seconds = [_ms(row.get(f"seconds_{which}")) for which in ("median", "min", "max")]
     name = row["variant"] + (f" ({row['transport']})" if row["variant"].startswith("auto") else "")
-    cells = [name, f"{seconds[0]:.1f} [{seconds[1]:.1f}, {seconds[2]:.1f}]"]
-    cells += [_ms(row.get("transfer_median")), f"{row['gb_per_s']:.1f}"]
+    cells = [name, f"{seconds[0]} [{seconds[1]}, {seconds[2]}]"]
+    cells += [_ms(row.get("transfer_median")), f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else ""]
     cells += [_share(row.get("share_of_ceiling")), _share(row.get("share_of_copy_ceiling"))]
     cells.append(f"{row['staging_bytes'] / 2**20:.1f}" if "staging_bytes" in row else "")
     profile = row.get("profile") or {}

@@ -12,7 +12,8 @@ values that generators make themselves. The ceilings are measured by the same pr
     python scripts/bench_refit.py --device cpu --small --variants gloo,peer
 
 Variants are transports of a session, with ` no verify` behind them for one without digests; `links`, the ceilings;
-and ways of others (`vllm`, `checkpoint-engine`). A variant that fails or hangs becomes a row that says so, the
+what links give to other copies and messages (`ways`, `nccl links`, `all nccl links`); and ways of others (`vllm`,
+`checkpoint-engine`). A variant that fails or hangs becomes a row that says so, the
 others run. `rows.jsonl` in the output folder grows as rows come, and `--resume` goes on behind them. Seconds are the
 slowest rank's, median [min, max] over the repeats without the first. `scripts/bench_page.py` makes the page of
 docs/benchmarks.md from the result.
@@ -44,7 +45,7 @@ import torch.distributed as dist  # noqa: E402
 from nemo_rl.trainer.model import Parallel, check_layout  # noqa: E402
 from scripts.bench.cases import CASES, LINKS, MODELS, NO_VERIFY, SMALL, Case, Engines  # noqa: E402
 from scripts.bench.rank import Rank  # noqa: E402
-from scripts.bench.rows import error_row, finished, is_link  # noqa: E402
+from scripts.bench.rows import error_row, finished, is_probe  # noqa: E402
 
 log = logging.getLogger("bench")
 _STARTS = 4  # of all processes, where variants end them
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--one-buffer", action="store_true", help="a trainer's parameters in one allocation")
     p.add_argument("--layers", type=int, help="of every model, instead of all")
     p.add_argument("--variants", help="instead of those of the table")
+    p.add_argument("--skip", default="", help="variants to leave out")
     p.add_argument("--repeat", type=int, help="timed refits, instead of those of the table")
     p.add_argument("--bucket-mb", type=int, default=64)
     p.add_argument("--num-streams", type=int, default=2)
@@ -152,8 +154,8 @@ def with_options(case: Case, options: argparse.Namespace) -> Case:
         "one_buffer": case.one_buffer or options.one_buffer,
         "shared": case.shared or options.shared,
     }
-    if options.variants:
-        change["variants"] = tuple(v.strip() for v in options.variants.split(","))
+    variants = tuple(v.strip() for v in options.variants.split(",")) if options.variants else case.variants
+    change["variants"] = tuple(v for v in variants if v not in [s.strip() for s in options.skip.split(",")])
     if options.repeat:
         change["repeat"] = options.repeat
     if options.layers:
@@ -177,7 +179,7 @@ class Run:
         self.options, self.cases, self.out = options, cases, Path(options.out)
         self.end = time.monotonic() + options.limit
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in ("facts.json", "current.json", *(() if options.resume else ("rows.jsonl",))):
+        for name in ("current.json", *(() if options.resume else ("rows.jsonl", "facts.jsonl"))):
             (self.out / name).unlink(missing_ok=True)
 
     def run(self) -> int:
@@ -195,11 +197,16 @@ class Run:
             log.info("%s", line)
         if left:
             log.info("not run: %s", left)
-        good = all("error" not in r and (is_link(r) or r["bit_exact"]) for r in rows)
+        good = all("error" not in r and (is_probe(r) or r["bit_exact"]) for r in rows)
         return 0 if good and not left else 1
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.out / "rows.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What each start of the ranks said of the machine."""
+        path = self.out / "facts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def todo(self) -> dict[str, list[str]]:
@@ -274,20 +281,25 @@ class Run:
         return "\n".join(f"{path.name}: " + " | ".join(path.read_text().splitlines()[-6:]) for path in logs)
 
     def write(self, rows: Sequence[Mapping[str, Any]], left: Mapping[str, Sequence[str]]) -> None:
-        facts = self.out / "facts.json"
-        said = json.loads(facts.read_text()) if facts.exists() else {}
+        said = self.facts()
         num = max(case.num_devices for case in self.cases)
         result = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "hardware": said.get("hardware", ""),
+            "hardware": said[0]["hardware"] if said else "",
             "num_devices": num,
-            "versions": said.get("versions", {}),
+            "versions": joined([each["versions"] for each in said]),
             "bucket_bytes": self.options.bucket_mb << 20,
             "num_streams": self.options.num_streams,
             "not_run": dict(left),
             "rows": list(rows),
         }
         (self.out / "result.json").write_text(json.dumps(result, indent=1))
+
+
+def joined(versions: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Of all starts: where they differ, every one."""
+    names = dict.fromkeys(name for each in versions for name in each)
+    return {name: " and ".join(dict.fromkeys(each[name] for each in versions if name in each)) for name in names}
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -297,11 +309,11 @@ def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _numbers(row: Mapping[str, Any]) -> str:
     if "error" in row:
-        return f"FAILED {row['error'][:300]}"
+        return f"FAILED {str(row['error'])[:300]}"
+    if is_probe(row):
+        return ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("case", "variant"))
     median, low, high = (row[f"seconds_{which}"] * 1e3 for which in ("median", "min", "max"))
     text = f"{median:8.1f} [{low:.1f}, {high:.1f}] ms {row['gb_per_s']:6.1f} GB/s"
-    if is_link(row):
-        return text
     staging, peak, memory = (row[f"{which}_bytes"] >> 20 for which in ("staging", "peak", "memory"))
     text += f" transfer {row['transfer_median'] * 1e3:.1f} ms, share {row.get('share_of_ceiling', 0):.3f},"
     text += f" staging {staging} MiB, peak {peak}, memory {memory},{'' if row['verified'] else ' not'} verified, "

@@ -28,7 +28,7 @@ from scripts.bench import ceilings
 from scripts.bench.cases import LINKS, NO_VERIFY, Case
 from scripts.bench.machine import machine
 from scripts.bench.model import DTYPE, BenchLanding, BenchSource, Store, generator_rows, trainer_bytes, trainer_rows
-from scripts.bench.rows import Said, error_row, link_row, row_of
+from scripts.bench.rows import Said, error_row, probe_row, row_of
 
 log = logging.getLogger("bench")
 
@@ -120,7 +120,8 @@ class Rank:
         """0, or 1 where a variant failed."""
         failed = False
         if self.rank == 0:
-            (self.out / "facts.json").write_text(json.dumps(machine(self.device)))
+            with open(self.out / "facts.jsonl", "a") as file:
+                file.write(json.dumps(machine(self.device)) + "\n")
         for case, variants in self.todo:
             if self.rank < case.num_ranks:
                 failed |= not self._case(case, variants)
@@ -135,6 +136,8 @@ class Rank:
                 meeting.meet("start")
                 if variant == LINKS:
                     self._links(case, world, meeting)
+                elif variant in PROBES:
+                    self._probe(case, world, variant, meeting)
                 else:
                     held = held or self._load(case, world)
                     self._variant(held, variant, meeting)
@@ -171,7 +174,14 @@ class Rank:
         say, messages = meeting.say, not case.shared
         line = ceilings.Line(self.rank, world, self.device, store, meeting.meet, say, num_bytes, messages)
         for row in ceilings.measure(line):
-            self.write(link_row(case, row))
+            self.write(probe_row(case, LINKS, row))
+
+    def _probe(self, case: Case, world: World, variant: str, meeting: Meeting) -> None:
+        module, function, more = PROBES[variant]
+        measure = getattr(importlib.import_module(module), function)
+        store = dist.PrefixStore("probe", meeting.store)
+        for row in measure(self.rank, world, store, self.device, meeting.meet, **more):
+            self.write(probe_row(case, variant, row))
 
     def _load(self, case: Case, world: World) -> Held:
         """Allocate this rank's part of the model and fill it."""
@@ -319,6 +329,13 @@ class Rank:
 class _Outcome:
     good: bool = True
 
+
+PROBES: dict[str, tuple[str, str, dict[str, bool]]] = {
+    "ways": ("scripts.bench_links", "measure_links", {}),
+    "nccl links": ("scripts.bench_nccl_links", "measure_nccl_links", {}),
+    "all nccl links": ("scripts.bench_nccl_links", "measure_nccl_links", {"full": True}),
+}
+"""What links give to other forms of copies and messages: name -> module, function and its options."""
 
 OTHERS = {"vllm": "scripts.bench.vllm_transfer", "checkpoint-engine": "scripts.bench.checkpoint_engine"}
 """Ways of others: name -> module whose `run` runs `Rank.refits` with a refit of its own."""

@@ -116,8 +116,9 @@ def destination_bytes(case: Case) -> int:
     return store.num_bytes
 
 
-def link_row(case: Case, measured: Mapping[str, Any]) -> dict[str, Any]:
-    return {"case": case.name, **measured, "variant": f"{LINKS}: {measured['variant']}"}
+def probe_row(case: Case, variant: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What links gave, without a session."""
+    return {"case": case.name, **measured, "variant": f"{variant}: {measured['variant']}"}
 
 
 def error_row(case: Case, variant: str, text: str) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def finished(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shares(row: Mapping[str, Any], of_case: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if "error" in row or is_link(row):
+    if "error" in row or is_probe(row):
         return {}
     copy, message = _best(of_case, COPY_LINKS), _best(of_case, MESSAGE_LINKS)
     own = message if row["transport"] in ("nccl", "m2n") else copy
@@ -162,8 +163,9 @@ def _predicted(row: Mapping[str, Any], of_case: Sequence[Mapping[str, Any]]) -> 
     return next(found, {})
 
 
-def is_link(row: Mapping[str, Any]) -> bool:
-    return str(row["variant"]).startswith(f"{LINKS}: ")
+def is_probe(row: Mapping[str, Any]) -> bool:
+    """Whether a row says what links gave, and no refit."""
+    return ": " in row["variant"]
 
 
 def _best(of_case: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float:

@@ -104,6 +104,11 @@ def test_processes_that_die_are_started_anew_for_what_is_left(run: bench_refit.R
     assert asked[1] == {SMALL[0].name: ["links", "gloo"], SMALL[1].name: ["links", "peer", "gloo"]} and len(asked) == 2
 
 
+def test_versions_of_all_starts_are_told() -> None:
+    said = bench_refit.joined([{"nccl": "1", "torch": "2"}, {"nccl": "3", "torch": "2", "vllm": "4"}])
+    assert said == {"nccl": "1 and 3", "torch": "2", "vllm": "4"}
+
+
 # ---- which cases
 
 
@@ -115,6 +120,12 @@ def test_cases_are_chosen_by_name_and_fit_the_machine() -> None:
     assert names(["--device", "cpu"]) == [case.name for case in SMALL]
     assert names(["--device", "cpu", "--cases", "30B PP3 -> 1"]) == ["30B PP3 -> 1"]
     assert len(names(["--device", "cpu", "--cases", "0.6B"])) == 2
+    (case,) = bench_refit.chosen(
+        bench_refit.parser().parse_args(
+            ["--device", "cpu", "--cases", "30B EP2 -> TP2", "--skip", "m2n no verify, auto"]
+        )
+    )
+    assert "peer" in case.variants and not {"m2n no verify", "auto"} & set(case.variants)
     with pytest.raises(SystemExit, match="no case of that name"):
         names(["--device", "cpu", "--cases", "none"])
     four, two = bench_refit.fitting(CASES, 4, False), bench_refit.fitting(CASES, 2, False)

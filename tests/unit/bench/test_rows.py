@@ -10,7 +10,7 @@ from nemo_rl.refit.base import World
 from nemo_rl.trainer.model import Parallel
 from scripts.bench.cases import NO_VERIFY, SMALL, Case, Engines
 from scripts.bench.ceilings import _phases
-from scripts.bench.rows import Said, destination_bytes, error_row, finished, link_row, row_of
+from scripts.bench.rows import Said, destination_bytes, error_row, finished, probe_row, row_of
 
 CASE = Case("c", "small MoE", Parallel(2, expert=2), Engines(2), ("peer",))
 
@@ -52,7 +52,7 @@ def test_one_wrong_rank_makes_the_row_wrong() -> None:
 
 def test_shares_are_of_the_ceiling_of_the_same_case_and_kind() -> None:
     def link(case: str, name: str, rate: float) -> dict[str, Any]:
-        return {**link_row(CASE, {"variant": name, "gb_per_s": rate, "seconds_median": 1.0}), "case": case}
+        return {**probe_row(CASE, "links", {"variant": name, "gb_per_s": rate, "seconds_median": 1.0}), "case": case}
 
     def refit(variant: str, transport: str, rate: float, seconds: float) -> dict[str, Any]:
         return {
