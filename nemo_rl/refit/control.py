@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -13,6 +13,9 @@ from nemo_rl.refit.base import World
 from nemo_rl.refit.errors import RefitError, TransferError
 
 _ABORT = "abort"
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 5e-5, 5e-3
+_PAUSE_SHARE = 1 / 32  # of what was waited
+_ABORT_S = 5e-3  # between two looks for reports of failures
 
 Address: TypeAlias = "tuple[str, int] | dist.Store"
 
@@ -32,8 +35,14 @@ class Control:
     def __init__(self, rank: int, world: World, store: Address, deadline_s: float) -> None:
         self.rank, self.world, self.deadline_s = rank, world, deadline_s
         self.store = store if isinstance(store, dist.Store) else self._reach(*store)
+        self.rest()
         self._sequence = 0
-        self._written: list[str] = []
+        self._written: list[str] = []  # what the next gather deletes
+        self._kept: dict[int, list[str]] = {}  # what exchanges that go on have posted
+
+    def rest(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """From now on, while this rank waits for others, do `meanwhile`, which neither waits nor gathers."""
+        self._meanwhile = meanwhile
 
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
@@ -54,7 +63,9 @@ class Control:
             TransferError: ranks that did not publish within the deadline, by name.
             RefitError: another rank reported a failure; its text.
         """
-        number = self._publish({"": payload})
+        number = self.ticket()
+        self.store.set(key := f"{number}/{self.rank}/", payload)
+        self._written.append(key)
         wanted = range(self.world.size) if ranks is None else sorted(ranks)
         said = self._await({r: f"{number}/{r}/" for r in wanted}, phase)
         if ranks is None:
@@ -66,35 +77,60 @@ class Control:
 
         Every rank calls in the same order. Raises as `gather`.
         """
-        number = self._publish({str(r): payload for r, payload in outgoing.items()})
-        return self._await({r: f"{number}/{r}/{self.rank}" for r in sorted(ranks)}, phase)
+        ticket = self.ticket()
+        self.post(ticket, outgoing)
+        said = self.collect(ticket, phase, ranks)
+        self.end(ticket)
+        return said
+
+    def ticket(self) -> int:
+        """The number of an exchange whose parts come later; every rank calls in the same order, and `end` in the end.
+
+        Before a rank enters the next gather from all ranks behind its `end`, it has collected all it wants.
+        """
+        self._sequence += 1
+        return self._sequence
+
+    def post(self, ticket: int, outgoing: Mapping[int, bytes]) -> None:
+        """Give each rank of `outgoing` a payload of its own, and all ranks to know that this one has posted."""
+        for reader, payload in {**{str(r): p for r, p in outgoing.items()}, "": b""}.items():
+            self.store.set(key := f"{ticket}/{self.rank}/{reader}", payload)
+            self._kept.setdefault(ticket, []).append(key)
+
+    def posted(self, ticket: int, ranks: Iterable[int]) -> bool:
+        """Whether all of `ranks` have posted, without waiting."""
+        return bool(self.store.check([f"{ticket}/{r}/" for r in ranks]))
+
+    def await_posts(self, ticket: int, phase: str, ranks: Iterable[int]) -> None:
+        """Wait until all of `ranks` have posted. Raises as `gather`."""
+        self._await({r: f"{ticket}/{r}/" for r in ranks}, phase)
+
+    def collect(self, ticket: int, phase: str, ranks: Iterable[int]) -> dict[int, bytes]:
+        """Wait for what `ranks` have for this rank. Raises as `gather`."""
+        return self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase)
+
+    def end(self, ticket: int) -> None:
+        """What this rank posted is deleted when all ranks have come to the next gather."""
+        self._written += self._kept.pop(ticket, [])
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         """Values of keys that are set, in one round trip."""
         return [bytes(value) for value in self.store.multi_get(list(keys))]
 
-    def _publish(self, payloads: Mapping[str, bytes]) -> int:
-        """Set one key a reader; the number of this round of keys."""
-        self._sequence += 1
-        for reader, payload in payloads.items():
-            key = f"{self._sequence}/{self.rank}/{reader}"
-            self.store.set(key, payload)
-            self._written.append(key)
-        return self._sequence
-
     def _await(self, keys: Mapping[int, str], phase: str) -> dict[int, bytes]:
-        end = time.monotonic() + self.deadline_s
-        pause = 0.0005
-        while True:
-            aborted = self.store.check([_ABORT])  # read before the keys: a gather that is complete counts
-            if self.store.check(list(keys.values())):
-                return dict(zip(keys, self.read(list(keys.values())), strict=True))
-            if aborted:
-                self.raise_if_aborted(phase)
-            if time.monotonic() > end:
+        """Values of `keys`, with pauses that grow with the time waited, so that little of it is lost to them."""
+        started, names, looked = time.monotonic(), list(keys.values()), -_ABORT_S
+        while not self.store.check(names):
+            waited = time.monotonic() - started
+            if waited > looked + _ABORT_S:
+                looked = waited
+                if self.store.check([_ABORT]) and not self.store.check(names):  # what is complete counts
+                    self.raise_if_aborted(phase)
+            if waited > self.deadline_s:
                 self._give_up(phase, [r for r, key in keys.items() if not self.store.check([key])])
-            time.sleep(pause)
-            pause = min(2 * pause, 0.005)
+            self._meanwhile()
+            time.sleep(min(max(_LEAST_PAUSE_S, waited * _PAUSE_SHARE), _MOST_PAUSE_S))
+        return dict(zip(keys, self.read(names), strict=True))
 
     def settle(self, phase: str, question: str) -> None:
         """All ranks come here, or none passes: the first rank that is sure answers for all.

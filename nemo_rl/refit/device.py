@@ -1,9 +1,10 @@
-"""What holds for every device that tensors of a refit are on: its environment, and waiting for it with a deadline."""
+"""What holds for every device that tensors of a refit are on: its environment, waiting for it, and work beside."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -19,6 +20,7 @@ NVLink multicast needs a fabric manager that containers often lack, and can take
 """
 
 _LOOK_S = 0.1
+_SIDE: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: None) -> None:
@@ -44,3 +46,22 @@ def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: 
             looked = time.monotonic()
         time.sleep(pause)
         pause = min(2 * pause, 1e-3)
+
+
+def quiesce(device: torch.device) -> None:
+    """Until all that this process started on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """What starts inside runs behind what the current stream of `device` was given, beside what it is given next."""
+    if device.type != "cuda":
+        yield
+        return
+    if device not in _SIDE:
+        _SIDE[device] = torch.cuda.Stream(device)
+    _SIDE[device].wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_SIDE[device]):
+        yield

@@ -80,27 +80,52 @@ class Ledger:
     def __init__(self, count: int) -> None:
         self.taken = np.zeros(count, bool)
         self._found: dict[torch.device, torch.Tensor] = {}
+        self._fetched: list[tuple[torch.Tensor, torch.cuda.Event]] | None = None
         self._scratch = Scratch()
 
     def take(self, number: int, view: torch.Tensor, region: Region) -> None:
         """Digest piece `number`. Raises ValueError where the view's shape is not the region's."""
-        if view.device not in self._found:
-            self._found[view.device] = torch.zeros(len(self.taken), dtype=torch.int64, device=view.device)
-        self._found[view.device][number] = digest_on_device(view, region, self._scratch)
+        self.room(view.device)[number] = digest_on_device(view, region, self._scratch)
         self.taken[number] = True
 
-    def enter(self, numbers: np.ndarray, digests: torch.Tensor) -> None:
-        """Digests of pieces `numbers` (int64, one each), computed on their device; does not wait."""
-        if digests.device not in self._found:
-            self._found[digests.device] = torch.zeros(len(self.taken), dtype=torch.int64, device=digests.device)
-        self._found[digests.device][torch.from_numpy(numbers).to(digests.device, non_blocking=True)] = digests
+    def take_all(self, numbers: np.ndarray, batch: KernelBatch, device: torch.device) -> None:
+        """Digest pieces `numbers`, those of `batch`, on the current stream of `device`; does not wait."""
+        batch.launch(self.room(device))
         self.taken[numbers] = True
+
+    def room(self, device: torch.device) -> torch.Tensor:
+        """The digests that are taken on `device`: int64, one a number, 0 where there is none."""
+        if device not in self._found:
+            self._found[device] = torch.zeros(len(self.taken), dtype=torch.int64, device=device)
+        return self._found[device]
+
+    def fetch(self) -> None:
+        """Bring what was taken to the host, behind what the current streams were given; does not wait."""
+        self._fetched = []
+        for found in self._found.values():
+            if found.is_cuda:
+                host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+                host.copy_(found, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(found.device))
+                self._fetched.append((host, event))
+
+    @property
+    def fetched(self) -> bool:
+        """Whether `read` would not wait, after `fetch`."""
+        return self._fetched is not None and all(event.query() for _, event in self._fetched)
 
     def read(self) -> np.ndarray:
         """int64, one a number; 0 where none was taken."""
         total = np.zeros(len(self.taken), np.int64)
+        if self._fetched is None:
+            self.fetch()
+        for host, event in self._fetched or ():
+            event.synchronize()
+            total += host.numpy()
         for found in self._found.values():
-            total += found.cpu().numpy()
+            if not found.is_cuda:
+                total += found.numpy()
         return total
 
 
@@ -129,10 +154,12 @@ class Pieces:
 
     def take(self, views: Mapping[int, torch.Tensor], ledger: Ledger) -> None:
         """Digest what `views` (row -> view) hold into `ledger`. Raises ValueError as `digest_view`."""
+        if not self._pieces:
+            return
         if self._batch is not None and views is self._views:
-            ledger.enter(self._numbers, self._batch[1].launch())
-        elif all(views[row].is_cuda for row in self._rows) and self._rows:
-            ledger.enter(self._numbers, self._batch_of(views).launch())
+            ledger.take_all(self._numbers, self._batch[1], views[self._rows[0]].device)
+        elif all(views[row].is_cuda for row in self._rows):
+            ledger.take_all(self._numbers, self._batch_of(views), views[self._rows[0]].device)
             self._views = views
         else:
             for piece in self._pieces:
@@ -144,7 +171,8 @@ class Pieces:
 
         where = [(views[row].data_ptr(), views[row].stride()) for row in self._rows]
         if self._batch is None or self._batch[0] != where:
-            self._batch = where, KernelBatch([(p.of(views[p.row]), p.region) for p in self._pieces])
+            pieces = [(p.number, p.of(views[p.row]), p.region) for p in self._pieces]
+            self._batch = where, KernelBatch(pieces)
         return self._batch[1]
 
 

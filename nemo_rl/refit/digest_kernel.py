@@ -29,35 +29,33 @@ class KernelBatch:
     """The digests of `pieces` on one device, as often as wanted; tables are made once.
 
     Args:
-        pieces: views with the regions that they hold, all on one CUDA device, of 1 to 8 bytes an element. The batch
-            keeps addresses, not tensors: storage must stay where it is.
+        pieces: numbers, and views with the regions that they hold, all on one CUDA device, of 1 to 8 bytes an element.
+            The batch keeps addresses, not tensors: storage must stay where it is.
 
     Raises:
         ValueError: devices differ.
     """
 
-    def __init__(self, pieces: Sequence[tuple[torch.Tensor, Region]]) -> None:
-        devices = {view.device for view, _ in pieces}
+    def __init__(self, pieces: Sequence[tuple[int, torch.Tensor, Region]]) -> None:
+        devices = {view.device for _, view, _ in pieces}
         if len(devices) != 1:
             raise ValueError(f"a batch is of one device, got pieces on {sorted(map(str, devices))}")
         self._device = devices.pop()
-        self._num_pieces = len(pieces)
         planes: dict[int, list[tuple[int, ...]]] = {}
-        for number, (view, region) in enumerate(pieces):
+        for number, view, region in pieces:
             planes.setdefault(view.element_size(), []).extend(_planes(number, view, region))
         self._tables = {item: self._upload(np.array(rows, np.int64)) for item, rows in planes.items() if rows}
 
     def _upload(self, planes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes)).to(self._device)
 
-    def launch(self) -> torch.Tensor:
-        """int64, one a piece, computed on the device's current stream; does not wait."""
-        out = torch.zeros(self._num_pieces, dtype=torch.int64, device=self._device)
-        for item, (planes, tiles) in self._tables.items():
-            _digest_tiles[(len(tiles),)](
-                planes, tiles, out, item, _ROWS, _STEP, _COLS, _NUM_FIELDS, HIGH_HALF, num_warps=_WARPS
-            )
-        return out
+    def launch(self, out: torch.Tensor) -> None:
+        """Add each piece's digest to `out[number]` (int64, here 0) on the device's current stream; does not wait."""
+        with torch.cuda.device(self._device):
+            for item, (planes, tiles) in self._tables.items():
+                _digest_tiles[(len(tiles),)](
+                    planes, tiles, out, item, _ROWS, _STEP, _COLS, _NUM_FIELDS, HIGH_HALF, num_warps=_WARPS
+                )
 
 
 def _planes(number: int, view: torch.Tensor, region: Region) -> Iterator[tuple[int, ...]]:

@@ -49,6 +49,19 @@ class Slots:
         self._free.append(slot)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Copies that land together.
+
+    Attributes:
+        counts: landing unit -> how many of them land there.
+        pieces: what digests them as soon as they landed; None where their digests wait.
+    """
+
+    counts: Mapping[int, int]
+    pieces: Pieces | None
+
+
 class Arrivals:
     """The copies of one table that land on `rank`, with what their digests need; kept from refit to refit.
 
@@ -56,6 +69,10 @@ class Arrivals:
         layout: of this rank's destinations (row -> region and unit).
         mine: numbers of the copies in the table.
         unit: landing unit of each of `mine`.
+        counts: landing unit -> how many land there.
+        empty: landing units that have no bytes on this rank.
+        final: nothing writes behind what lands in place, neither a unit's processing nor the engine's own loader:
+            what landed may be digested at once. Hooks of `Landing.finish` run behind all digests in any case.
     """
 
     def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout) -> None:
@@ -63,18 +80,43 @@ class Arrivals:
         self.layout = layout
         self.mine = np.flatnonzero(copies.dst_rank == rank)
         self.unit = layout.unit[copies.dst_row[self.mine]]
+        self.counts = self._counts(self.mine)
+        self.empty = self._empty()
+        self.final = not plan.misc_fqns and bool((layout.unit == IN_PLACE).all())
         self._in_place: Pieces | None = None
 
     def pieces(self, unit: int) -> Pieces:
         """What lands in `unit`, numbered by its place in `mine`; one object for what lands in place."""
         if unit != IN_PLACE:
-            return self._pieces(unit)
-        self._in_place = self._in_place or self._pieces(unit)
+            return self._pieces(np.flatnonzero(self.unit == unit))
+        self._in_place = self._in_place or self._pieces(np.flatnonzero(self.unit == IN_PLACE))
         return self._in_place
 
-    def _pieces(self, unit: int) -> Pieces:
+    def part(self, indices: Sequence[int] | np.ndarray, digested: bool) -> Part:
+        """Copies `indices` of the table, to be kept by who lands them again and again.
+
+        Args:
+            digested: digest them as soon as they landed, where they are `final`.
+        """
+        pieces = None
+        if digested and self.final:
+            pieces = self._pieces(np.searchsorted(self.mine, indices))
+        return Part(self._counts(indices), pieces)
+
+    def _counts(self, indices: Sequence[int] | np.ndarray) -> dict[int, int]:
+        units, counts = np.unique(self.layout.unit[self._copies.dst_row[indices]], return_counts=True)
+        return dict(zip(units.tolist(), counts.tolist(), strict=True))
+
+    def _empty(self) -> list[int]:
+        layout = self.layout
+        rows = np.flatnonzero(layout.sizes.prod(axis=1) > 0)
+        misc = [i for i, name in enumerate(layout.names) if name in self._plan.misc_reasons]
+        used = set(layout.unit[np.union1d(rows, np.flatnonzero(np.isin(layout.tensor, misc)))].tolist())
+        return sorted(set(layout.unit.tolist()) - used)
+
+    def _pieces(self, numbers: np.ndarray) -> Pieces:
         found = []
-        for number in np.flatnonzero(self.unit == unit).tolist():
+        for number in numbers.tolist():
             index = int(self.mine[number])
             row = int(self._copies.dst_row[index])
             found.append(Piece(number, row, self._plan.region(self._copies, index), self.layout.region(row)))
@@ -91,22 +133,16 @@ class Tracker:
         verify: take digests of load-format bytes before a unit closes.
 
     Attributes:
-        layout: of this rank's destinations.
+        arrivals, layout: as given, and of this rank's destinations.
         ledger: digests of the copies that land here, numbered in the order of `copies`.
     """
 
     def __init__(self, plan: RefitPlan, copies: CopyTable, arrivals: Arrivals, sink: Sink, verify: bool) -> None:
         self._plan, self._copies, self._sink, self._verify = plan, copies, sink, verify
-        self._arrivals = arrivals
-        layout = self.layout = arrivals.layout
-        units, counts = np.unique(arrivals.unit, return_counts=True)
-        self._left = dict(zip(units.tolist(), counts.tolist(), strict=True))
+        self.arrivals, self.layout = arrivals, arrivals.layout
+        self._left = dict(arrivals.counts)
         self._views: dict[int, Mapping[int, torch.Tensor]] = {}
         self.ledger = Ledger(len(arrivals.mine))
-        rows = np.flatnonzero(layout.sizes.prod(axis=1) > 0)
-        misc = [i for i, name in enumerate(layout.names) if name in plan.misc_reasons]
-        used = set(layout.unit[np.union1d(rows, np.flatnonzero(np.isin(layout.tensor, misc)))].tolist())
-        self._empty = sorted(set(layout.unit.tolist()) - used)
 
     def view(self, index: int) -> torch.Tensor:
         """Destination view of copy `index`."""
@@ -125,8 +161,13 @@ class Tracker:
 
     def landed(self, indices: Sequence[int] | np.ndarray) -> None:
         """Copies `indices` are in place; closes every unit that is whole."""
-        units, counts = np.unique(self.layout.unit[self._copies.dst_row[indices]], return_counts=True)
-        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
+        self.arrived(self.arrivals.part(indices, digested=False))
+
+    def arrived(self, part: Part) -> None:
+        """`part` is in place; closes every unit that is whole."""
+        if self._verify and part.pieces is not None:
+            part.pieces.take(self.rows(IN_PLACE), self.ledger)
+        for unit, count in part.counts.items():
             self._left[unit] -= count
             if self._left[unit] == 0:
                 self._close(unit)
@@ -139,18 +180,19 @@ class Tracker:
 
     def pass_empty_units(self) -> None:
         """Open and close the units that have no bytes on this rank, so that their modules are processed too."""
-        for unit in self._empty:
+        for unit in self.arrivals.empty:
             self._sink.open(unit)
             self._sink.close(unit)
 
     def digest_in_place(self) -> None:
-        """Read what landed in final storage, once nothing more of this version writes there."""
-        self._digest(IN_PLACE)
+        """Read what landed in final storage and was not read yet, once nothing more of this version writes there."""
+        if not self.ledger.taken.all():
+            self._digest(IN_PLACE)
         self._views.clear()
 
     def _digest(self, unit: int) -> None:
         if self._verify and unit in self._left:
-            self._arrivals.pieces(unit).take(self.rows(unit), self.ledger)
+            self.arrivals.pieces(unit).take(self.rows(unit), self.ledger)
 
     @property
     def unfinished(self) -> dict[int, int]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from nemo_rl.refit import misc
@@ -17,7 +16,7 @@ from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, 
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
-from nemo_rl.refit.device import finish
+from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
@@ -38,7 +37,7 @@ from nemo_rl.refit.transports.registry import (
     own_fact,
     share_facts,
 )
-from nemo_rl.refit.verify import Verifier
+from nemo_rl.refit.verify import Verifier, Watch
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class RefitSession:
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
         self._data_s = 0.9 * options.deadline_s
         self._touched = False
-        self._prepared: tuple[int, np.ndarray | None] | None = None
+        self._prepared: tuple[int, Ledger | None] | None = None
         self._phase_s: dict[str, float] = {}
         self._control: Control | None = None
         self._link_or_none: _Link | None = None
@@ -166,7 +165,7 @@ class RefitSession:
             pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
             setting = Setting(plan, self.rank, self._device, link.control, pipeline, said.sources, landings)
             mover = choice.transport.mover(setting)
-            verifier = Verifier(plan, self.rank, said.sources) if self.options.verify else None
+            verifier = Verifier(plan, self.rank, said.sources, self._device) if self.options.verify else None
             own = declarations.get(self.rank)
             arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)
             self._agreed_or_none = _Agreed(
@@ -246,10 +245,11 @@ class RefitSession:
         if self._prepared is None or self._prepared[0] != version:
             self.prepare(version, num_steps)
         assert self._prepared is not None
-        (_, held), self._prepared = self._prepared, None
+        (_, first), self._prepared = self._prepared, None
         with self._guarded("begin"):
             self._begin(version)
         with self._guarded("transfer"):
+            watch = self._watch(first)
             bulk, tracker = self._move_bulk()
             finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("misc"):
@@ -258,9 +258,9 @@ class RefitSession:
         with self._guarded("verify"):
             if tracker is not None:
                 tracker.digest_in_place()
-            if self._agreed.verifier is not None:
-                bulk_ledger = Ledger(0) if tracker is None else tracker.ledger
-                self._agreed.verifier.check(self._link.control, self._holdings, held, bulk_ledger, whole)
+            if self._agreed.verifier is not None and watch is not None:
+                self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
+                self._link.control.rest()
         with self._guarded("commit"):
             self._commit(version)
         report = RefitReport(
@@ -300,10 +300,11 @@ class RefitSession:
                 remedy="refit with a version above the committed one",
             )
 
-    def _look(self) -> np.ndarray | None:
-        """Look at the source's storage again; its digests, where this rank has one and verifies."""
+    def _look(self) -> Ledger | None:
+        """Find the source's storage again, and start to look at it where this rank has one and verifies."""
         if self._source is None:
             return None
+        quiesce(self._device)
         fresh = list(self._source.holdings())
         if len(fresh) == len(self._holdings) and all(map(operator.is_, fresh, self._holdings)):
             return self._digest_source()
@@ -320,7 +321,7 @@ class RefitSession:
     def _hold(self, holdings: list[Holding]) -> None:
         self._holdings, self._src_view = holdings, SourceViews(holdings)
 
-    def _digest_source(self) -> np.ndarray | None:
+    def _digest_source(self) -> Ledger | None:
         return None if self._agreed.verifier is None else self._agreed.verifier.look(self._holdings)
 
     def _begin(self, version: int) -> None:
@@ -328,7 +329,17 @@ class RefitSession:
         if self._landing is not None:
             self._touched = True
             self._landing.begin(version)
+            quiesce(self._device)
         self._link.control.gather("begin", b"")
+
+    def _watch(self, first: Ledger | None) -> Watch | None:
+        """What looks at sources while bytes move: whenever this rank waits for others."""
+        verifier, control = self._agreed.verifier, self._link.control
+        if verifier is None:
+            return None
+        watch = Watch(verifier, control, first, self._holdings)
+        control.rest(watch.step)
+        return watch
 
     def _move_bulk(self) -> tuple[Traffic, Tracker | None]:
         agreed, tracker = self._agreed, None

@@ -1,15 +1,18 @@
 """Which pieces of a refit arrived as the trainers hold them: digests of both ends, compared copy by copy.
 
-What is compared:
-- every copy that landed, with what its trainer held when the refit began;
-- what a trainer holds after the transfer, with what it held when the refit began: a source that changes meanwhile
-  would hand out pieces of two versions;
+Trainers look at their sources twice in a refit, and no trainer begins its second look before all have ended their
+first. What is compared:
+- every copy that landed, with what the first look saw;
+- the second look with the first;
 - whatever several trainers hold, with each other: where they differ, no generator can be right.
+So there is a moment, between all first looks and all second ones, at which all trainers held exactly what all
+generators got. The looks may be taken while bytes move: a source that changes before a piece is read differs from what
+landed, or from itself; one that changes behind the second look and behind the last read changed nothing that landed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 
 from nemo_rl.refit.boxes import Boxes, overlaps
 from nemo_rl.refit.control import Control
+from nemo_rl.refit.device import beside
 from nemo_rl.refit.digest import Ledger, Piece, Pieces
 from nemo_rl.refit.errors import VerificationError
 from nemo_rl.refit.layout import Holding, Layout
@@ -78,11 +82,60 @@ class _Own:
         return chosen
 
 
+class Watch:
+    """One rank's looks at sources in one refit, and what trainers say of them; every rank makes one each time.
+
+    Args:
+        verifier: of the plan.
+        control: of the session.
+        first: this rank's first look; None on a rank that is no trainer.
+        holdings: what `first` looked at.
+    """
+
+    def __init__(self, verifier: Verifier, control: Control, first: Ledger | None, holdings: Sequence[Holding]) -> None:
+        self._verifier, self._control, self._holdings = verifier, control, holdings
+        self._first = first
+        self._second: Ledger | None = None
+        self._held: np.ndarray | None = None
+        self._ticket = control.ticket()
+
+    def step(self) -> None:
+        """Go on as far as is possible without waiting."""
+        if self._first is None or self._second is not None or not self._first.fetched:
+            return
+        self._say(self._first)
+        if self._control.posted(self._ticket, self._verifier.trainers):
+            self._second = self._verifier.look(self._holdings)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What both looks of this rank saw; None on a rank that is no trainer. Raises as `Control.gather`."""
+        if self._first is None:
+            return None
+        held = self._say(self._first)
+        if self._second is None:
+            self._control.await_posts(self._ticket, "verify", self._verifier.trainers)
+            self._second = self._verifier.look(self._holdings)
+        return held, self._second.read()
+
+    def heard(self, peers: Iterable[int]) -> dict[int, bytes]:
+        """What trainers `peers` say to this rank, in the end. Raises as `Control.gather`."""
+        said = self._control.collect(self._ticket, "verify", peers)
+        self._control.end(self._ticket)
+        return said
+
+    def _say(self, first: Ledger) -> np.ndarray:
+        """What the first look saw, told once to all ranks that compare something with it."""
+        if self._held is None:
+            self._held = first.read()
+            self._control.post(self._ticket, self._verifier.statements(self._held))
+        return self._held
+
+
 class Verifier:
     """One rank's part in the comparison of one plan's refits."""
 
-    def __init__(self, plan: RefitPlan, rank: int, sources: Mapping[int, Layout]) -> None:
-        self._plan, self._rank, self._source = plan, rank, sources.get(rank)
+    def __init__(self, plan: RefitPlan, rank: int, sources: Mapping[int, Layout], device: torch.device) -> None:
+        self._plan, self._rank, self._source, self._device = plan, rank, sources.get(rank), device
         self._pieces: list[tuple[int, Region]] = []  # of the source: row and region; equal ones are read once
         self._numbers: dict[tuple[int, Region], int] = {}
         self._bulk, self._misc = self._note_copies(plan.bulk), self._note_copies(plan.misc)
@@ -114,25 +167,25 @@ class Verifier:
         ndim = len(self._plan.table[self._plan.names[shared.tensor[index]]].shape)
         return Region(tuple(shared.offsets[index, :ndim].tolist()), tuple(shared.sizes[index, :ndim].tolist()))
 
-    def look(self, holdings: Sequence[Holding]) -> np.ndarray:
-        """Digests of all that this rank sends or holds like another row; int64, one a piece."""
+    def look(self, holdings: Sequence[Holding]) -> Ledger:
+        """Start to digest all that this rank sends or holds like another row, beside other work of the device."""
         ledger = Ledger(len(self._pieces))
         if self._looked is None or self._looked[0] is not holdings:
             self._looked = holdings, {row: holdings[row].view for row, _ in self._pieces}
-        self._digests.take(self._looked[1], ledger)
-        return ledger.read()
+        with beside(self._device):
+            self._digests.take(self._looked[1], ledger)
+            ledger.fetch()
+        return ledger
 
-    def check(
-        self, control: Control, holdings: Sequence[Holding], held: np.ndarray | None, bulk: Ledger, misc: Ledger
-    ) -> None:
-        """Exchange statements and compare; every rank calls it after the transfer, with arguments as `differences`.
+    def check(self, watch: Watch, bulk: Ledger, misc: Ledger) -> None:
+        """Compare; every rank calls it after the transfer, with ledgers as for `differences`.
 
         Raises:
             VerificationError: what changed in this rank's source or differs on this rank.
         """
-        said = control.exchange("verify", {} if held is None else self.statements(held), self.peers)
-        wrong = [] if held is None else self.changes(held, self.look(holdings))
-        wrong += self.differences(said, held, bulk, misc)
+        looks = watch.finish()
+        wrong = [] if looks is None else self.changes(*looks)
+        wrong += self.differences(watch.heard(self.peers), looks and looks[0], bulk, misc)
         if wrong:
             shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise VerificationError(
@@ -147,7 +200,7 @@ class Verifier:
         assert self._source is not None
         return [
             f"{self._source.fqn(row)} {region}: {self._plan.world.describe(self._rank)} held digest {before[n]} when "
-            f"the refit began and {after[n]} after the transfer"
+            f"the refit began and {after[n]} later"
             for n, (row, region) in enumerate(self._pieces)
             if before[n] != after[n]
         ]
@@ -165,6 +218,10 @@ class Verifier:
             }
             said[peer] = pack(None, {name: held[number] for name, number in numbers.items()})
         return said
+
+    @property
+    def trainers(self) -> tuple[int, ...]:
+        return self._plan.world.trainers
 
     @property
     def peers(self) -> tuple[int, ...]:

@@ -33,8 +33,14 @@ def test_a_batch_has_the_digests_of_its_pieces() -> None:
     pieces = [random_piece(rng) for _ in range(60)]
     large = torch.randint(0, 256, (3000 * 5000,), dtype=torch.uint8, device="cuda").view(torch.bfloat16).view(1500, -1)
     pieces.append((large[10:1490, 7:4400], Region((5, 9), (1480, 4393))))
-    batch = KernelBatch(pieces)
-    assert batch.launch().tolist() == [digest_view(view.cpu(), region) for view, region in pieces]
+    batch = KernelBatch([(number, *piece) for number, piece in enumerate(pieces)])
+
+    def launched() -> list[int]:
+        out = torch.zeros(len(pieces), dtype=torch.int64, device="cuda")
+        batch.launch(out)
+        return list(out.tolist())
+
+    assert launched() == [digest_view(view.cpu(), region) for view, region in pieces]
     large[700, 800] += 1  # the batch reads storage at every launch
-    assert batch.launch().tolist()[:-1] == [digest_view(view.cpu(), region) for view, region in pieces[:-1]]
-    assert batch.launch().tolist()[-1] == digest_view(large[10:1490, 7:4400].cpu(), pieces[-1][1])
+    assert launched()[:-1] == [digest_view(view.cpu(), region) for view, region in pieces[:-1]]
+    assert launched()[-1] == digest_view(large[10:1490, 7:4400].cpu(), pieces[-1][1])

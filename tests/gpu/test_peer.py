@@ -53,7 +53,7 @@ def owner(connection: Any) -> None:
 
     views = sources()
     memory = CudaMemory(torch.device("cuda", 0))
-    memory.fence()
+    torch.cuda.synchronize()
     windows, where = memory.show(views)
     connection.send((memory.beacon(), windows, where))
     connection.recv()

@@ -66,10 +66,6 @@ class CudaMemory:
             self.close()
         return None if got.hex() == said["secret"] else "its memory reads differently here"
 
-    def fence(self) -> None:
-        """Wait for all that this process started on the device."""
-        torch.cuda.synchronize(self._device)
-
     def show(self, views: Sequence[torch.Tensor]) -> tuple[list[str], np.ndarray]:
         """One window for each allocation of the driver. Raises OSError where memory has no handle."""
         windows: dict[int, int] = {}

@@ -56,9 +56,6 @@ class HostMemory:
             return f"memory of process {pid} cannot be read: {error.strerror}"
         return None if found.raw.hex() == secret else f"process {pid} is another one here: no common process ids"
 
-    def fence(self) -> None:
-        """CPU tensors are written when their call returns."""
-
     def show(self, views: Sequence[torch.Tensor]) -> tuple[list[str], np.ndarray]:
         """This process is one window, and views stand in it at their addresses."""
         where = [(0, view.data_ptr()) for view in views]

@@ -22,7 +22,7 @@ from nemo_rl.refit.base import World
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.packed import pack, unpack
-from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
+from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable, Message
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.relay import relay_of
@@ -52,9 +52,6 @@ class Memory(Protocol):
     def probe(self, beacon: str) -> str | None:
         """Why memory of the process that lit `beacon` cannot be read; None where it can."""
 
-    def fence(self) -> None:
-        """Wait until all that this process wrote is written."""
-
     def show(self, views: Sequence[torch.Tensor]) -> tuple[list[str], np.ndarray]:
         """(windows, int64 (n, 2): window and offset of each view's first byte)."""
 
@@ -68,7 +65,7 @@ class Memory(Protocol):
         """What starts copying `jobs`, as often as wanted; it raises OSError where the memory is gone.
 
         Args:
-            ordered: copies start behind all that this rank has started on the device, not only behind `fence`.
+            ordered: copies start behind all that this rank has started on the device, not beside it.
         """
 
     def mark(self) -> Callable[[], bool]:
@@ -95,6 +92,7 @@ class _Batch:
 
     giver: int
     indices: np.ndarray
+    part: Part
     start: Callable[[], None]
 
 
@@ -202,7 +200,6 @@ class Peer:
         payload = b""
         if self._used:
             payload = self._show(src_view, tracker)
-            self._memory.fence()
         said = self._control.exchange("transfer", dict.fromkeys(self._readers, payload), self._sources)
         for rank, told in said.items():
             if told:
@@ -239,7 +236,6 @@ class Peer:
     # ---- the generator's side
 
     def _take(self, copies: CopyTable, tracker: Tracker, end: float) -> None:
-        self._memory.fence()
         in_place, staged = self._parts or self._split(copies, tracker)
         self._parts = in_place, staged
         self._ready = ready = self._prepare_in_place(in_place, tracker)
@@ -294,7 +290,8 @@ class Peer:
         peer, there = self._opened[giver]
         ends = (self._layouts[giver], there), (tracker.layout, rows)
         jobs = jobs_of(self._plan, self._given, indices, *ends)
-        return _Batch(giver, indices, self._memory.prepare(peer, jobs, ordered))
+        part = tracker.arrivals.part(indices, digested=not ordered)
+        return _Batch(giver, indices, part, self._memory.prepare(peer, jobs, ordered))
 
     def _start(self, batch: _Batch, tracker: Tracker) -> None:
         try:
@@ -306,7 +303,7 @@ class Peer:
                 f"{self._relay.num_bytes[batch.indices].sum()} bytes, first {first.fqn} {first.region}): {error}"
             )
             raise self._failed(text, batch.giver) from error
-        tracker.landed(batch.indices)
+        tracker.arrived(batch.part)
 
     def _failed(self, text: str, *peers: int) -> TransferError:
         names = ", ".join(map(self._world.describe, peers))
