@@ -118,6 +118,46 @@ def test_without_refits_generator_and_trainer_part(models: Path, tmp_path: Path)
     assert all(r["refit_s"] is None and r["weight_version"] == 0 for r in rows)
 
 
+AHEAD = ["grpo.async_grpo.enabled=true", "grpo.async_grpo.in_flight_weight_updates=true"]
+
+
+@pytest.mark.slow
+def test_rollouts_one_step_ahead(models: Path, tmp_path: Path) -> None:
+    """Engines that answer two requests at a time are slower than training: refits come upon their requests."""
+    sizes = ["grpo.num_prompts_per_step=16", "policy.train_global_batch_size=128"]
+    sizes += ["policy.megatron_cfg.optimizer.lr=3e-4", "policy.generation.vllm_cfg.max_num_seqs=2"]
+    rows, printed = run(DENSE, models, tmp_path, 20, *sizes, *AHEAD)
+    rewards = [r["reward_mean"] for r in rows]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.05, rewards
+    assert all(r["refit_verified"] and r["weight_version"] == r["step"] for r in rows)
+    for before, row in zip(rows, rows[1:], strict=False):  # this step's rollout ran beside the training before
+        assert row["rollout_start_s"] < before["train_end_s"] and row["overlap_s"] > 0
+        assert row["overlap_s"] <= before["train_end_s"] - before["train_start_s"]
+        assert row["sample_age_max"] == 1 and 0 < row["token_age_mean"] <= 1
+    assert rows[0]["sample_age_max"] == rows[0]["mixed_version_fraction"] == 0
+    assert sum(r["mixed_version_fraction"] > 0 for r in rows) >= 5
+    # What began after a refit is of the trainers' weights, key by key and value by value; what is older drifts.
+    fresh = [r["gen_kl_error"] for r in rows if r["gen_kl_error"] is not None]
+    assert len(fresh) >= 5 and max(fresh) < FRESH
+    assert all(r["gen_kl_drift"] > FRESH for r in rows[1:])
+    for row in rows:
+        parts = {n: s for n, s in row.items() if n.startswith("pause_") and n != "pause_to_resume_s"}
+        assert {"pause_transfer_s", "pause_begin_s", "pause_verify_s", "pause_commit_s"} <= set(parts)
+        assert sum(parts.values()) == pytest.approx(row["pause_to_resume_s"]) and row["pause_to_resume_s"] > 0
+    assert "pause to resume: " in printed
+
+
+@pytest.mark.slow
+def test_samples_without_refits_grow_too_old(models: Path, tmp_path: Path) -> None:
+    places = [f"start_model.cache_dir={models}", f"logger.log_dir={tmp_path}", "grpo.max_num_steps=9"]
+    done = start(DENSE, *SMALL, *places, *AHEAD, "grpo.refit_every=0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step 3: 64 of 64 samples are 2 steps old" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "latest" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["sample_age_max"] for r in rows] == [0, 1]
+    assert rows[0]["gen_kl_error"] < FRESH and rows[1]["gen_kl_drift"] > STALE
+
+
 def test_a_refused_configuration_starts_nothing(tmp_path: Path) -> None:
     started = time.monotonic()
     key = "policy.megatron_cfg.tensor_model_parallel_size"

@@ -28,9 +28,18 @@ def violations(*overrides: str, kind: str = "") -> list[str]:
     return preflight.validate(load_config(CONFIGS / f"grpo_qwen3_{kind}tiny_cpu.yaml", overrides, {}))
 
 
+AHEAD, RECOMPUTE = ["grpo.async_grpo.enabled=true"], "grpo.async_grpo.recompute_kv_cache_after_weight_updates"
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_pass(path: Path) -> None:
     assert preflight.validate(load_config(path, [], {})) == []
+
+
+def test_one_step_ahead() -> None:
+    assert violations(*AHEAD) == [] == violations(*AHEAD, f"{RECOMPUTE}=true")
+    older = ["grpo.refit_every=3", "grpo.async_grpo.max_trajectory_age_steps=3"]
+    assert violations(*AHEAD, *older) == [] == violations("grpo.refit_every=3")
 
 
 def test_multicast_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +78,31 @@ def test_one_device_for_both_sides() -> None:
         (["data.task=sum"], "", ["data.task=sum: unknown; choose add or sort"]),
         (["policy.model_name=/nowhere"], "", ["/nowhere/config.json is missing"]),
         (["grpo.refit_every=0", "policy.generation.vllm_cfg.load_format=dummy"], "", ["random weights for ever"]),
+        (
+            [*AHEAD, "grpo.refit_every=2"],
+            "",
+            ["samples would be 2 steps old", "age_steps=1 refuses them"],
+        ),
+        (
+            [*AHEAD, "grpo.async_grpo.max_trajectory_age_steps=0"],
+            "",
+            ["age_steps=0: samples are a step old"],
+        ),
+        (
+            [*AHEAD, "grpo.async_grpo.in_flight_weight_updates=false", f"{RECOMPUTE}=true"],
+            "",
+            [f"{RECOMPUTE}=true: nothing is in flight"],
+        ),
+        (
+            [*AHEAD, "loss_fn.use_importance_sampling_correction=false"],
+            "",
+            ["samples of older weights need the correction"],
+        ),
+        (
+            [*AHEAD, "policy.generation.vllm_cfg.kv_cache_dtype=fp8"],
+            "",
+            ["by the scales of other weights", f"set {RECOMPUTE}=true"],
+        ),
         (["policy.refit.bucket_bytes=0"], "", ["policy.refit.bucket_bytes=0: must be at least 1024"]),
         ([f"{TP}=0"], "", [f"{TP}=0: at least 1 is needed"]),
         (["start_model.num_key_value_heads=3"], "", ["does not divide start_model.num_attention_heads=4"]),
