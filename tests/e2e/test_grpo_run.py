@@ -32,6 +32,7 @@ SMALL = [
     "policy.train_global_batch_size=64",
 ]
 SMALL += ["policy.train_micro_batch_size=32", "policy.megatron_cfg.optimizer.lr=1e-3"]
+SMALL += ["policy.refit.measure_links=never"]  # so that `auto` takes the same transport in every run
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ FRESH, STALE = 1e-6, 1e-4
 
 def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
     """Samples are the trainers' after every refit and, as the control, never where a refit is left out."""
-    rows, printed = run(DENSE, models, tmp_path, 4, "grpo.refit_every=2", "policy.refit.measure_links=never")
+    rows, printed = run(DENSE, models, tmp_path, 4, "grpo.refit_every=2")
     assert [r["weight_version"] for r in rows] == [0, 2, 2, 4]
     assert all(0 <= r["gen_kl_error"] < FRESH and r["gen_kl_drift"] is None for r in rows[0::2])
     assert all(r["gen_kl_error"] is None and r["gen_kl_drift"] > STALE and r["refit_verified"] for r in rows[1::2])
@@ -86,8 +87,8 @@ def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
 
 
 def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
-    cache = f"policy.refit.cache_dir={tmp_path}/cache"
-    rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true", cache)
+    measured = ["policy.refit.measure_links=auto", f"policy.refit.cache_dir={tmp_path}/cache"]
+    rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true", *measured)
     chosen = rows[0]["refit_transport"]
     assert chosen in ("peer", "gloo"), "what was measured to be faster"
     assert_proven(rows, chosen)

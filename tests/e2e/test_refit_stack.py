@@ -53,6 +53,7 @@ def configured(folder: Path, overrides: list[str]) -> Config:
         f"policy.model_name={folder}",
         "policy.generation.vllm_cfg.load_format=dummy",
         "policy.refit.deadline_s=60",
+        "policy.refit.measure_links=never",
         "cluster.gpus_per_node=4",
     ]
     return load_config(BASE, [*common, *overrides])
