@@ -22,7 +22,7 @@ from nemo_rl.trainer import families
 from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read_config
 
 PRECISIONS = ("float32", "bfloat16")
-TRANSPORTS = ("auto", "peer", "nccl", "gloo", "golden")
+TRANSPORTS = ("auto", "peer", "nccl", "m2n", "gloo", "golden")
 MEASURE_LINKS = ("auto", "always", "never")
 START_MODEL = "start_model"
 

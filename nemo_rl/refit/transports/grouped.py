@@ -42,9 +42,11 @@ class Grouped:
 
     Args:
         lanes: as many as the session has streams; closed with the mover.
+        skip: copies of the plan that travel in another way; none where it is None.
     """
 
-    def __init__(self, setting: Setting, lanes: Lanes) -> None:
+    def __init__(self, setting: Setting, lanes: Lanes, skip: np.ndarray | None = None) -> None:
+        self._skip = np.zeros(len(setting.plan.bulk), bool) if skip is None else skip
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
         self._depth = setting.messages.num_streams + 1  # one is packed or spread while lanes are busy
@@ -63,7 +65,7 @@ class Grouped:
         end = time.monotonic() + deadline_s
         moved = self._place(copies, src_view, tracker)
         if self._groups is None or moved:
-            self._groups = self._groups or self._agree(copies, tracker)
+            self._groups = self._agree(copies, tracker) if self._groups is None else self._groups
             self._fit(copies, self._groups, tracker)
         posted: list[_Posted] = []
         for number, group in enumerate(self._groups):
@@ -85,7 +87,7 @@ class Grouped:
     ) -> bool:
         """Find out where rows lie; whether any lies elsewhere than in the last refit."""
         moved = False
-        sends = copies.src_rank == self._rank
+        sends = (copies.src_rank == self._rank) & ~self._skip
         if sends.any() and src_view is not self._seen:
             self._seen, layout = src_view, self._setting.sources[self._rank]
             used = np.unique(copies.src_row[sends]).tolist()
@@ -95,13 +97,13 @@ class Grouped:
         return moved
 
     def _lands_in_place(self, copies: CopyTable, tracker: Tracker) -> np.ndarray:
-        found: np.ndarray = copies.dst_rank == self._rank
+        found: np.ndarray = (copies.dst_rank == self._rank) & ~self._skip
         found[found] = tracker.layout.unit[copies.dst_row[found]] == IN_PLACE
         return found
 
     def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
         """Tell every source in which order its bytes come, hear it from every destination."""
-        own = np.flatnonzero((copies.src_rank == self._rank) | (copies.dst_rank == self._rank))
+        own = np.flatnonzero(((copies.src_rank == self._rank) | (copies.dst_rank == self._rank)) & ~self._skip)
         pairs = {(int(copies.src_rank[i]), int(copies.dst_rank[i])) for i in own}
         orders = {}
         if tracker is not None:
@@ -116,7 +118,8 @@ class Grouped:
             orders[self._rank, dst] = Order(**unpack(told)[1])
         lanes = self._setting.messages.num_streams
         num_bytes = self._num_bytes(copies)
-        return groups_of(parcels_of(self._rank, self._world, copies, num_bytes, orders, lanes, self._limit))
+        common = (copies, num_bytes, orders, lanes, self._limit, self._skip)
+        return groups_of(parcels_of(self._rank, self._world, *common))
 
     def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray) -> Order:
         """Of what this rank gets from `pair[0]` into final storage."""

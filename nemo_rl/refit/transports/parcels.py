@@ -122,19 +122,20 @@ def parcels_of(
     orders: Mapping[tuple[int, int], Order],
     lanes: int,
     limit: int,
+    skip: np.ndarray,
 ) -> list[Parcel]:
     """All parcels that `rank` sends, receives or copies within itself, by ascending key.
 
     Args:
         num_bytes: of every copy.
         limit: bytes of a parcel.
+        skip: copies that travel in another way.
         orders: (source, destination) -> what the destination said; the same at both ends.
     """
-    own = (copies.src_rank == rank) | (copies.dst_rank == rank)
+    own = ((copies.src_rank == rank) | (copies.dst_rank == rank)) & ~skip
     pairs = np.unique(np.stack([copies.src_rank[own], copies.dst_rank[own]], axis=1), axis=0)
-    found = [
-        p for src, dst in pairs.tolist() for p in _of_pair(src, dst, world, copies, num_bytes, orders, lanes, limit)
-    ]
+    common = (world, copies, num_bytes, orders, lanes, limit, skip)
+    found = [parcel for src, dst in pairs.tolist() for parcel in _of_pair(src, dst, *common)]
     return sorted(found, key=lambda parcel: (parcel.key, parcel.lane))
 
 
@@ -147,13 +148,14 @@ def _of_pair(
     orders: Mapping[tuple[int, int], Order],
     lanes: int,
     limit: int,
+    skip: np.ndarray,
 ) -> list[Parcel]:
     mine = np.flatnonzero((copies.src_rank == src) & (copies.dst_rank == dst))
     order = orders[src, dst]
     parts = np.split(mine[order.copies], order.ends[:-1]) if len(order.ends) else []
     phase = _phase(src, dst, world)
     found = [((0, number, phase), part) for number, part in enumerate(parts)]
-    named = np.zeros(len(copies), bool)
+    named = skip.copy()
     named[mine[order.copies]] = True
     found += [((1, first, 0), part) for first, part in _by_round(copies, src, dst, named, num_bytes, limit)]
     return [

@@ -19,13 +19,13 @@ from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
 from nemo_rl.refit.relay import relay_of
-from nemo_rl.refit.transports import peer
+from nemo_rl.refit.transports import m2n, peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
 from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.hardware import gpu_of, hardware_of
-from nemo_rl.refit.transports.lanes import HostLanes
+from nemo_rl.refit.transports.lanes import HostLanes, Lanes
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 
@@ -61,9 +61,21 @@ def _own_gpus(facts: Facts) -> str | None:
     return None
 
 
+def _lanes(setting: Setting) -> Lanes:
+    channel = setting.messages.channel
+    return channel.lanes(setting.messages.num_streams) if isinstance(channel, NcclChannel) else HostLanes(channel)
+
+
 def _grouped(setting: Setting) -> Grouped:
-    channel, lanes = setting.messages.channel, setting.messages.num_streams
-    return Grouped(setting, channel.lanes(lanes) if isinstance(channel, NcclChannel) else HostLanes(channel))
+    return Grouped(setting, _lanes(setting))
+
+
+def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
+    return _only_on("cuda", "m2n", facts) or _own_gpus(facts) or m2n.missing()
+
+
+def _m2n(setting: Setting) -> m2n.M2n:
+    return m2n.M2n(setting, _lanes(setting), m2n.NcclM2n(setting))
 
 
 def _messages(setting: Setting) -> Pipeline:
@@ -76,6 +88,7 @@ TRANSPORTS: dict[str, Transport] = {
         Transport("gloo", _gloo_unsupported, _messages),
         Transport("peer", peer.unsupported, peer.Peer, one_sided=True),
         Transport("nccl", _nccl_unsupported, _grouped),
+        Transport("m2n", _m2n_unsupported, _m2n),
         Transport("golden", _any_one_device, Golden),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),
     )

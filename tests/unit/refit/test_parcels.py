@@ -179,9 +179,9 @@ def random_schedule(rng):
             named = rng.sample(range(len(mine)), rng.randint(0, len(mine)))
             ends = sorted({rng.randint(1, len(named)) for _ in range(3)} | {len(named)}) if named else []
             orders[src, dst] = parcels.Order(np.array(named, np.int64), np.array(ends, np.int64))
-    num_bytes = full_plan.sizes.prod(axis=1)
+    num_bytes, none = full_plan.sizes.prod(axis=1), np.zeros(len(full_plan), bool)
     posted = [
-        parcels.groups_of(parcels.parcels_of(r, world, full_plan, num_bytes, orders, lanes, 200))
+        parcels.groups_of(parcels.parcels_of(r, world, full_plan, num_bytes, orders, lanes, 200, none))
         for r in range(world.size)
     ]
     return full_plan, posted, lanes

@@ -1,0 +1,200 @@
+"""Tensors that `nccl.m2n` can reshard go by it, one call for all of a buffer; the others as parcels.
+
+Needs NCCL 2.30.7, preloaded, with nccl4py and nccl-extensions. Calls are issued in one order on all ranks
+(`resharding.reshards`), one in flight at a time: nothing else of this session uses their communicator. A call costs its
+host about as much as it takes to move many megabytes, which is why small ones are parcels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
+from nemo_rl.refit.plan import CopyTable
+from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.grouped import Grouped
+from nemo_rl.refit.transports.lanes import Lanes
+from nemo_rl.refit.transports.mover import Setting
+from nemo_rl.refit.transports.resharding import SLOT_BYTES, Reshard, Said, Side, reshards
+
+log = logging.getLogger(__name__)
+
+_NCCL = 23007
+_PACKAGES = ("nccl.core", "nccl.m2n")
+
+
+def missing() -> str | None:
+    """What this process lacks for m2n, with the remedy; None where it is all there."""
+    absent = [name for name in _PACKAGES if not _found(name)]
+    if absent:
+        return f"{', '.join(absent)} cannot be imported: install nccl4py 0.6.0 and nccl-extensions 0.1.0"
+    found = _nccl_version()
+    if found < _NCCL:
+        return f"NCCL is {found}, m2n needs {_NCCL}: preload its libnccl.so.2 (LD_PRELOAD) before torch loads another"
+    return None
+
+
+def _found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _nccl_version() -> int:
+    """Of the library that the process has loaded; 0 where there is none."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+class NcclM2n:
+    """A communicator of nccl4py's and m2n's handle; every rank makes one at the same time.
+
+    Raises:
+        RuntimeError: NCCL refuses, or would use multicast.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        os.environ.setdefault("NCCL_RESHARD_PACK_BUFFSIZES", f"{SLOT_BYTES}:1")  # m2n reads it when it starts
+        import nccl.core
+        import nccl.m2n
+
+        self._m2n, self._device = nccl.m2n, setting.device
+        control, size = setting.control, setting.plan.world.size
+        name = nccl.core.get_unique_id(empty=setting.rank != 0)
+        raw = name.as_ndarray.view(np.uint8)
+        raw[...] = np.frombuffer(control.gather("agree", raw.tobytes())[0], np.uint8).reshape(raw.shape)
+        with torch.cuda.device(setting.device):
+            self._comm = nccl.core.Communicator.init(nranks=size, rank=setting.rank, unique_id=name)
+            if self._comm.properties.multimem_support:
+                raise RuntimeError("NCCL would use NVLink multicast; set NCCL_NVLS_ENABLE=0 before it loads")
+            self._handle = nccl.m2n.Handle.create()
+
+    def reshard(self, call: Reshard, rank: int) -> None:
+        """Start on the current stream."""
+        ends: dict[str, Any] = {}
+        for name, side in (("src", call.src), ("dst", call.dst)):
+            ends[name] = call.address[rank] if rank in side.ranks else None
+            ends[f"{name}_mesh"] = self._m2n.Mesh(side.mesh, side.start)
+            ends[f"{name}_placements"] = self._placements(side)
+            ends[f"{name}_local_shape"], ends[f"{name}_dtype"] = side.local, call.dtype
+        stream = torch.cuda.current_stream(self._device)
+        self._m2n.reshard(comm=self._comm, stream=stream, handle=self._handle, **ends)
+
+    def _placements(self, side: Side) -> tuple[object, ...]:
+        return tuple(self._m2n.Replicate() if dim is None else self._m2n.Shard(dim) for dim in side.dims)
+
+    def close(self) -> None:
+        """Abort what is in flight."""
+        self._comm.abort()
+
+
+class Library(Protocol):
+    """What starts calls of m2n on one rank."""
+
+    def reshard(self, call: Reshard, rank: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class M2n:
+    """The mover of one rank; see the module.
+
+    Args:
+        lanes: for what m2n does not take; closed with the mover.
+        library: starts calls; closed with the mover.
+    """
+
+    def __init__(self, setting: Setting, lanes: Lanes, library: Library) -> None:
+        self._setting, self._lanes, self._library = setting, lanes, library
+        self._plan, self._rank = setting.plan, setting.rank
+        self._numbers = {fqn: number for number, fqn in enumerate(setting.plan.names)}
+        self._seen: tuple[object, object] = (None, None)
+        self._said: dict[int, Said] = {}
+        self._calls: Sequence[tuple[Reshard, np.ndarray]] = ()
+        self._rest: Grouped | None = None
+
+    def run(
+        self,
+        copies: CopyTable,
+        src_view: Callable[[int, Region], torch.Tensor],
+        tracker: Tracker | None,
+        deadline_s: float,
+    ) -> Traffic:
+        """See `Mover.run`. Raises TransferError naming the tensor whose call failed."""
+        said = self._setting.control.gather("transfer", self._say(src_view, tracker))
+        fresh = {rank: Said.from_bytes(payload) for rank, payload in said.items() if payload}
+        if fresh or self._rest is None:
+            self._said |= fresh
+            self._rest = self._divide(copies)
+        for call, lands in self._calls:
+            self._reshard(call)
+            if tracker is not None and len(lands):
+                tracker.landed(lands)
+        traffic = self._rest.run(copies, src_view, tracker, deadline_s)
+        traffic.staging_bytes += SLOT_BYTES if self._calls else 0
+        return traffic
+
+    def close(self) -> None:
+        self._library.close()
+        self._lanes.close()
+
+    def _say(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bytes:
+        """Where this rank's rows lie; nothing where they are where they were."""
+        landing: Mapping[int, torch.Tensor] | None = None
+        if tracker is not None and (tracker.layout.unit == IN_PLACE).any():
+            landing = tracker.rows(IN_PLACE)
+        if self._seen[0] is src_view and self._seen[1] is landing:
+            return b""
+        self._seen = src_view, landing
+        if tracker is not None:  # a rank on both sides is refused, whatever it holds
+            return Said.of(tracker.layout, landing or {}, self._numbers).to_bytes()
+        layout = self._setting.sources[self._rank]
+        views = {row: src_view(row, layout.region(row)) for row in range(len(layout))}
+        return Said.of(layout, views, self._numbers).to_bytes()
+
+    def _divide(self, copies: CopyTable) -> Grouped:
+        """What goes by m2n, in which calls; the mover of the rest."""
+        takers: dict[int, set[int]] = {}
+        for tensor, rank in set(zip(copies.tensor.tolist(), copies.dst_rank.tolist(), strict=True)):
+            takers.setdefault(tensor, set()).add(rank)
+        frozen = {tensor: frozenset(takers[tensor]) for tensor in sorted(takers)}
+        metas = list(self._plan.table.values())
+        calls, reasons = reshards(metas, self._plan.world, self._said, frozen)
+        mine = copies.dst_rank == self._rank
+        self._calls = [(c, np.flatnonzero(np.isin(copies.tensor, c.tensors) & mine)) for c in calls]
+        by_m2n = np.isin(copies.tensor, [tensor for call in calls for tensor in call.tensors])
+        if self._rank == self._plan.world.trainers[0]:
+            log.info("m2n: %d tensors in %d calls; %s", len(frozen) - len(reasons), len(calls), self._why(reasons))
+        return Grouped(self._setting, self._lanes, by_m2n)
+
+    def _why(self, reasons: Mapping[int, str]) -> str:
+        first = {text: self._plan.names[tensor] for tensor, text in reversed(list(reasons.items()))}
+        counts = Counter(reasons.values()).most_common()
+        return "; ".join(f"{n} as parcels ({first[text]}, ...): {text}" for text, n in counts) or "no parcels"
+
+    def _reshard(self, call: Reshard) -> None:
+        try:
+            self._library.reshard(call, self._rank)
+        except (RuntimeError, ValueError, TypeError) as error:
+            name = self._plan.names[call.tensors[0]]
+            raise TransferError(
+                f"m2n refused {name} ({len(call.tensors)} tensors in one call, {call.src} -> {call.dst}): {error}",
+                rank=self._rank,
+                phase="transfer",
+                remedy="use the transport 'nccl'; remake the session",
+            ) from error
