@@ -45,7 +45,7 @@ def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: 
             look()
             looked = time.monotonic()
         time.sleep(pause)
-        pause = min(2 * pause, 1e-3)
+        pause = min(2 * pause, 2e-4)
 
 
 def quiesce(device: torch.device) -> None:

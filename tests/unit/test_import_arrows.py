@@ -39,7 +39,7 @@ ONLY = {
     "rich": {"metrics", "driver", "planview", "cli"},
     "matplotlib": {"metrics", "planview"},
 }
-REFIT_MAY = {"torch", "numpy", "nemo_rl", "triton", "cuda"}  # the last two come with CUDA builds of torch
+REFIT_MAY = {"torch", "numpy", "nemo_rl", "triton", "cuda", "nccl"}  # the last three where there are GPUs
 
 
 def imports_of(source: str, path: Path) -> list[tuple[int, str]]:

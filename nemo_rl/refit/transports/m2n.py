@@ -1,8 +1,9 @@
 """Tensors that `nccl.m2n` can reshard go by it, one call for all of a buffer; the others as parcels.
 
 Needs NCCL 2.30.7, preloaded, with nccl4py and nccl-extensions. Calls are issued in one order on all ranks
-(`resharding.reshards`), one in flight at a time: nothing else of this session uses their communicator. A call costs its
-host about as much as it takes to move many megabytes, which is why small ones are parcels.
+(`resharding.reshards`), and nothing else of this session uses their communicator. Each call packs, waits for all ranks
+and unpacks by itself, and calls cannot be grouped where there is no RDMA-capable NIC: many small ones leave the link
+idle most of the time, so tensors of one buffer go in one call, and very small ones as parcels.
 """
 
 from __future__ import annotations

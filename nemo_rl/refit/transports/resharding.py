@@ -22,11 +22,11 @@ DTYPES = (
     *(torch.int32, torch.uint32, torch.float32, torch.int64, torch.uint64, torch.float64),
 )
 MAX_DIMS = 3
-SLOT_BYTES = 256 << 20
+SLOT_BYTES = 512 << 20
 """Of m2n's pack buffer, which a shard must fit into; what it takes by default is 2 GiB a device."""
 
-LEAST_BYTES = 16 << 20
-"""Into each destination, from which on a call is worth its fixed cost; what is smaller goes as parcels."""
+LEAST_BYTES = 1 << 20
+"""Into each destination; what a call has less of goes as parcels."""
 
 
 @dataclass(frozen=True, eq=False)
