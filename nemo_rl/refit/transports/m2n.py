@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.mover import Setting
+from nemo_rl.refit.transports.own_nccl import keep_variable
 from nemo_rl.refit.transports.resharding import SLOT_BYTES, Reshard, Said, Side, reshards
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class NcclM2n:
     """
 
     def __init__(self, setting: Setting) -> None:
-        os.environ.setdefault("NCCL_RESHARD_PACK_BUFFSIZES", f"{SLOT_BYTES}:1")  # m2n reads it when it starts
+        keep_variable("NCCL_RESHARD_PACK_BUFFSIZES", f"{SLOT_BYTES}:1")
         import nccl.core
         import nccl.m2n
 

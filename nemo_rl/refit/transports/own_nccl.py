@@ -24,6 +24,11 @@ def make_group(
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
+def keep_variable(name: str, value: str) -> None:
+    """Set what a library of NCCL's takes from the environment alone, at a time of its own."""
+    os.environ[name] = value
+
+
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
