@@ -88,7 +88,8 @@ class ColocatedConfig:
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """One engine. `kv_cache_memory_bytes` bounds the KV cache on CPU, `gpu_memory_utilization` on GPU.
+    """One engine. `kv_cache_memory_bytes` is the KV cache of a rank; null for 64 MiB on the CPU, and on a GPU for what
+    weights leave of `gpu_memory_utilization`, which the engine then measures: nobody else may use the GPU meanwhile.
 
     `load_format=dummy` starts engines from random weights; the refit before the first step brings the real ones.
     `moe_backend` names the kernels of experts, as vLLM does: `triton` reads them as they are loaded, others rearrange.
@@ -98,7 +99,7 @@ class VllmConfig:
     tensor_parallel_size: int = 1
     precision: str = "float32"
     gpu_memory_utilization: float = 0.5
-    kv_cache_memory_bytes: int = 64 << 20
+    kv_cache_memory_bytes: int | None = None
     max_model_len: int = 64
     max_num_seqs: int = 256
     enforce_eager: bool = True

@@ -136,7 +136,6 @@ def _numbers(config: Config) -> Iterator[str]:
         "policy.generation.temperature": policy.generation.temperature,
         "policy.generation.vllm_cfg.max_model_len": policy.generation.vllm_cfg.max_model_len,
         "policy.generation.vllm_cfg.max_num_seqs": policy.generation.vllm_cfg.max_num_seqs,
-        "policy.generation.vllm_cfg.kv_cache_memory_bytes": policy.generation.vllm_cfg.kv_cache_memory_bytes,
         "policy.generation.vllm_cfg.gpu_memory_utilization": policy.generation.vllm_cfg.gpu_memory_utilization,
         "policy.megatron_cfg.optimizer.lr": policy.megatron_cfg.optimizer.lr,
         "policy.refit.num_streams": policy.refit.num_streams,
@@ -159,6 +158,9 @@ def _numbers(config: Config) -> Iterator[str]:
         "loss_fn.ratio_clip_max": (loss.ratio_clip_max, 0),
         "cluster.object_store_bytes": (cluster.object_store_bytes, 80 << 20),
     }
+    if policy.generation.vllm_cfg.kv_cache_memory_bytes is not None:
+        key = "policy.generation.vllm_cfg.kv_cache_memory_bytes"
+        positive[key] = policy.generation.vllm_cfg.kv_cache_memory_bytes
     for key, value in positive.items():
         if value <= 0:
             yield f"{key}={value}: must be above 0"

@@ -21,6 +21,7 @@ from nemo_rl.refit.errors import PoisonedError, RefitError
 
 log = logging.getLogger(__name__)
 
+_CPU_CACHE_BYTES = 64 << 20
 _PROBE_ERROR = 1e-2  # of a log-probability: above what kernels round, below what a misplaced tensor does
 WORKER = "nemo_rl.generator.worker.RefitWorker"
 
@@ -266,7 +267,8 @@ def _make_llm(config: GeneratorConfig) -> Any:
 
     if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING is on; start the process with worker_env(config)")
-    memory = {"kv_cache_memory_bytes": config.kv_cache_memory_bytes}
+    on_cpu = current_platform.is_cpu()
+    share = {} if on_cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}
     adapter = _adapter_options(config.adapter) if config.adapter is not None else {}
     return LLM(
         model=config.model_path,
@@ -286,7 +288,8 @@ def _make_llm(config: GeneratorConfig) -> Any:
         logprobs_mode="processed_logprobs",
         worker_extension_cls=WORKER,
         disable_log_stats=True,
-        **(memory if current_platform.is_cpu() else {"gpu_memory_utilization": config.gpu_memory_utilization}),
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes or (_CPU_CACHE_BYTES if on_cpu else None),
+        **share,
         **adapter,
     )
 

@@ -41,8 +41,9 @@ class GeneratorConfig:
 
     Attributes:
         model_path: Hugging Face folder; its weights are read when `load_format` is `auto`.
-        kv_cache_memory_bytes: size of the KV cache on CPU.
-        gpu_memory_utilization: share of a GPU's memory for weights and KV cache, on CUDA.
+        kv_cache_memory_bytes: size of the KV cache on each rank; None for 64 MiB on the CPU, and on a GPU for what
+            `gpu_memory_utilization` leaves over.
+        gpu_memory_utilization: share of a GPU's memory for weights and KV cache, which must be free at the start.
         load_format: `dummy` starts from random weights; the first refit brings the real ones.
         quantization: vLLM's name of how the engine quantizes what it loads, such as `fp8_per_channel`; None where the
             model's own configuration says how its weights are quantized, or they are not.
@@ -64,7 +65,7 @@ class GeneratorConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     max_model_len: int = 256
     max_num_seqs: int = 64
-    kv_cache_memory_bytes: int = 64 << 20
+    kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.5
     enforce_eager: bool = True
     moe_backend: str = "auto"
@@ -79,7 +80,8 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16") or self.load_format not in ("auto", "dummy"):
             raise ValueError(f"precision is float32 or bfloat16 and load_format auto or dummy, got {self}")
-        numbers = (self.tensor_parallel_size, self.max_model_len, self.max_num_seqs, self.kv_cache_memory_bytes)
+        cache = 1 if self.kv_cache_memory_bytes is None else self.kv_cache_memory_bytes
+        numbers = (self.tensor_parallel_size, self.max_model_len, self.max_num_seqs, cache)
         if min(numbers) < 1 or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"sizes must be positive and gpu_memory_utilization in (0, 1], got {self}")
 

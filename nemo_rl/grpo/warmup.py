@@ -39,8 +39,9 @@ def start_model_path(config: Config) -> Path:
 def ensure_start_model(config: Config, device: str = "cpu") -> Path:
     """Make the start model unless it is cached; returns its checkpoint folder.
 
-    A model appears under its name only when it is complete. On `cuda` a process of its own makes it, so that the GPU is
-    free again afterwards; only models made on the CPU are bit for bit the same on every machine.
+    A model appears under its name only when it is complete; where several runs make it, the first one's stays. On
+    `cuda` a process of its own makes it, so that the GPU is free again afterwards; only models made on the CPU are bit
+    for bit the same on every machine.
     """
     path = start_model_path(config)
     if (path / "config.json").is_file():
@@ -75,9 +76,17 @@ def _make(config: Config, path: Path, device: str) -> None:
         model.to(getattr(torch, config.policy.precision)).save_pretrained(work)
         save_tokenizer(work)
         os.chmod(work, 0o755)
-        os.replace(work, path)
+        _place(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _place(work: Path, path: Path) -> None:
+    try:
+        os.replace(work, path)
+    except OSError:
+        if not (path / "config.json").is_file():
+            raise
 
 
 @contextmanager
@@ -124,11 +133,15 @@ def start_model_config(settings: StartModelConfig, max_length: int) -> Any:
 
 
 def warm_up(settings: StartModelConfig, data: DataConfig, max_length: int, device: str = "cpu") -> Any:
-    """Train in float32 on solved problems with AdamW, linear decay, and loss on the answers only."""
+    """Train in float32 on solved problems with AdamW, linear decay, and loss on the answers only.
+
+    On a GPU, products are computed in TF32.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(settings.seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(start_model_config(settings, max_length), dtype=torch.float32)

@@ -34,6 +34,19 @@ def test_made_once_and_again_the_same(tmp_path: Path, kind: str, monkeypatch: py
     assert ensure_start_model(configured(tmp_path / "a", kind=kind, moe_intermediate_size=16)) == first
 
 
+def test_another_run_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, made = configured(tmp_path, warmup_steps=1), warmup.warm_up
+
+    def meanwhile(*args: object) -> object:
+        monkeypatch.setattr(warmup, "warm_up", made)
+        ensure_start_model(config)
+        return made(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(warmup, "warm_up", meanwhile)
+    path = ensure_start_model(config)
+    assert (path / "model.safetensors").is_file() and list(tmp_path.iterdir()) == [path]
+
+
 def test_config_names_the_end_token(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
