@@ -132,7 +132,8 @@ class _Server:
 
     def close(self) -> None:
         self._worker.kill()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _Worker:
