@@ -44,6 +44,10 @@ class Control:
         """From now on, while this rank waits for others, do `meanwhile`, which neither waits nor gathers."""
         self._meanwhile = meanwhile
 
+    def idle(self) -> None:
+        """For who waits without a gather: what is to be done meanwhile."""
+        self._meanwhile()
+
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
             timeout = timedelta(seconds=self.deadline_s)

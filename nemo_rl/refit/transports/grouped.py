@@ -17,7 +17,7 @@ import torch
 
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.packed import pack, unpack
-from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
+from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Rows, jobs_of
@@ -26,6 +26,8 @@ from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
 from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.parcels import Order, Parcel, groups_of, parcels_of, wire_order
+
+_LOOK_S = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Grouped:
         self._depth = setting.messages.num_streams + 1  # one is packed or spread while lanes are busy
         self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
         self._groups: list[list[Parcel]] | None = None
+        self._parts: dict[tuple[int, int], Part] = {}
         self._seen: Callable[[int, Region], object] | None = None
 
     def run(
@@ -204,18 +207,38 @@ class Grouped:
             assert tracker is not None
             if load.copy is not None:
                 load.copy()
-            tracker.landed(load.parcel.copies)
+            tracker.arrived(self._part(load.parcel, tracker))
+
+    def _part(self, parcel: Parcel, tracker: Tracker) -> Part:
+        """What lands with a parcel; its digests are taken at once where it lands for good."""
+        key = parcel.src_rank, parcel.number
+        if key not in self._parts:
+            self._parts[key] = tracker.arrivals.part(parcel.copies, digested=True)
+        return self._parts[key]
 
     # ---- the end
 
     def _finish(self, posted: Sequence[_Posted], copies: CopyTable, end: float) -> None:
         try:
-            self._lanes.finish(end, lambda: self._setting.control.raise_if_aborted("transfer"))
+            self._lanes.finish(end, self._meanwhile())
         except TimeoutError as error:
             late = [one for one in posted if one.flight is not None and not one.flight.done()]
             raise self._failed(
                 late, copies, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were"
             ) from error
+
+    def _meanwhile(self) -> Callable[[], None]:
+        """What this rank does while it waits: what others asked it to, and a look at who failed, ten times a second."""
+        control, looked = self._setting.control, time.monotonic()
+
+        def look() -> None:
+            nonlocal looked
+            control.idle()
+            if time.monotonic() > looked + _LOOK_S:
+                control.raise_if_aborted("transfer")
+                looked = time.monotonic()
+
+        return look
 
     def _failed(self, late: Sequence[_Posted], copies: CopyTable, text: str) -> TransferError:
         """Names the first group that is not done."""
