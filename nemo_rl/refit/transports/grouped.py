@@ -25,7 +25,7 @@ from nemo_rl.refit.transports import parcels
 from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
 from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
-from nemo_rl.refit.transports.parcels import Order, Parcel, groups_of, parcels_of, wire_order
+from nemo_rl.refit.transports.parcels import Order, Parcel, Rules, groups_of, pairs_of, parcels_of, wire_order
 
 _LOOK_S = 0.1
 
@@ -106,8 +106,7 @@ class Grouped:
 
     def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
         """Tell every source in which order its bytes come, hear it from every destination."""
-        own = np.flatnonzero(((copies.src_rank == self._rank) | (copies.dst_rank == self._rank)) & ~self._skip)
-        pairs = {(int(copies.src_rank[i]), int(copies.dst_rank[i])) for i in own}
+        pairs = pairs_of(self._rank, copies, self._skip)
         orders = {}
         if tracker is not None:
             lands = self._lands_in_place(copies, tracker)
@@ -115,14 +114,13 @@ class Grouped:
         said = self._setting.control.exchange(
             "transfer",
             {src: pack([], {"copies": o.copies, "ends": o.ends}) for (src, _), o in orders.items()},
-            sorted(dst for src, dst in pairs if src == self._rank),
+            [dst for src, dst in pairs if src == self._rank],
         )
         for dst, told in said.items():
             orders[self._rank, dst] = Order(**unpack(told)[1])
         lanes = self._setting.messages.num_streams
-        num_bytes = self._num_bytes(copies)
-        common = (copies, num_bytes, orders, lanes, self._limit, self._skip)
-        return groups_of(parcels_of(self._rank, self._world, *common))
+        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, lanes, self._limit)
+        return groups_of(parcels_of(self._rank, rules, orders))
 
     def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray) -> Order:
         """Of what this rank gets from `pair[0]` into final storage."""

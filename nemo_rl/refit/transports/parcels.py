@@ -6,7 +6,7 @@ arrives straight in place, however strewn it is at the sender. Nothing here touc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,52 +114,59 @@ def _filled(copies: np.ndarray, num_bytes: np.ndarray, limit: int) -> list[np.nd
     return parts
 
 
-def parcels_of(
-    rank: int,
-    world: World,
-    copies: CopyTable,
-    num_bytes: np.ndarray,
-    orders: Mapping[tuple[int, int], Order],
-    lanes: int,
-    limit: int,
-    skip: np.ndarray,
-) -> list[Parcel]:
-    """All parcels that `rank` sends, receives or copies within itself, by ascending key.
+@dataclass(frozen=True, eq=False, slots=True)
+class Rules:
+    """What parcels are cut by; the same on all ranks.
+
+    Attributes:
+        num_bytes: of every copy of `copies`.
+        skip: which of them travel in another way.
+        lanes: their number.
+        limit: bytes of a parcel; a longer copy is a parcel of its own.
+    """
+
+    world: World
+    copies: CopyTable
+    num_bytes: np.ndarray
+    skip: np.ndarray
+    lanes: int
+    limit: int
+
+
+def parcels_of(rank: int, rules: Rules, orders: Mapping[tuple[int, int], Order]) -> list[Parcel]:
+    """All parcels that `rank` sends, receives or copies within itself, by ascending key and lane.
 
     Args:
-        num_bytes: of every copy.
-        limit: bytes of a parcel.
-        skip: copies that travel in another way.
         orders: (source, destination) -> what the destination said; the same at both ends.
     """
+    return sorted(
+        (
+            parcel
+            for pair in pairs_of(rank, rules.copies, rules.skip)
+            for parcel in _of_pair(*pair, rules, orders[pair])
+        ),
+        key=lambda parcel: (parcel.key, parcel.lane),
+    )
+
+
+def pairs_of(rank: int, copies: CopyTable, skip: np.ndarray) -> list[tuple[int, int]]:
+    """The (source, destination) of copies that are not skipped, one of them `rank`."""
     own = ((copies.src_rank == rank) | (copies.dst_rank == rank)) & ~skip
-    pairs = np.unique(np.stack([copies.src_rank[own], copies.dst_rank[own]], axis=1), axis=0)
-    common = (world, copies, num_bytes, orders, lanes, limit, skip)
-    found = [parcel for src, dst in pairs.tolist() for parcel in _of_pair(src, dst, *common)]
-    return sorted(found, key=lambda parcel: (parcel.key, parcel.lane))
+    return sorted(set(zip(copies.src_rank[own].tolist(), copies.dst_rank[own].tolist(), strict=True)))
 
 
-def _of_pair(
-    src: int,
-    dst: int,
-    world: World,
-    copies: CopyTable,
-    num_bytes: np.ndarray,
-    orders: Mapping[tuple[int, int], Order],
-    lanes: int,
-    limit: int,
-    skip: np.ndarray,
-) -> list[Parcel]:
+def _of_pair(src: int, dst: int, rules: Rules, order: Order) -> list[Parcel]:
+    copies = rules.copies
     mine = np.flatnonzero((copies.src_rank == src) & (copies.dst_rank == dst))
-    order = orders[src, dst]
-    parts = np.split(mine[order.copies], order.ends[:-1]) if len(order.ends) else []
-    phase = _phase(src, dst, world)
+    named = mine[order.copies]
+    parts = np.split(named, order.ends[:-1]) if len(order.ends) else []
+    phase = _phase(src, dst, rules.world)
     found = [((0, number, phase), part) for number, part in enumerate(parts)]
-    named = skip.copy()
-    named[mine[order.copies]] = True
-    found += [((1, first, 0), part) for first, part in _by_round(copies, src, dst, named, num_bytes, limit)]
+    left = ~rules.skip
+    left[named] = False
+    found += [((1, first, 0), part) for first, part in _by_round(src, dst, rules, left)]
     return [
-        Parcel(key, (number + phase) % lanes, src, dst, number, part, int(num_bytes[part].sum()))
+        Parcel(key, (number + phase) % rules.lanes, src, dst, number, part, int(rules.num_bytes[part].sum()))
         for number, (key, part) in enumerate(found)
     ]
 
@@ -170,20 +177,18 @@ def _phase(src: int, dst: int, world: World) -> int:
     return (world.generators.index(dst) - world.trainers.index(src)) % size
 
 
-def _by_round(
-    copies: CopyTable, src: int, dst: int, named: np.ndarray, num_bytes: np.ndarray, limit: int
-) -> Iterable[tuple[int, np.ndarray]]:
+def _by_round(src: int, dst: int, rules: Rules, left: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(round of its first message, copies) of parcels that are made of whole messages of the plan, in its order."""
-    messages = copies.messages[(copies.messages[:, 1] == src) & (copies.messages[:, 2] == dst)]
+    messages = rules.copies.messages
     parcel: list[np.ndarray] = []
     first, filled = 0, 0
-    for number, _, _, lo, hi, _ in messages.tolist():
-        part = np.arange(lo, hi)[~named[lo:hi]]
-        size = int(num_bytes[part].sum())
-        if parcel and filled + size > limit:
+    for number, _, _, lo, hi, _ in messages[(messages[:, 1] == src) & (messages[:, 2] == dst)].tolist():
+        part = np.arange(lo, hi)[left[lo:hi]]
+        size = int(rules.num_bytes[part].sum())
+        if parcel and filled + size > rules.limit:
             yield first, np.concatenate(parcel)
             parcel, filled = [], 0
-        if size:
+        if len(part):
             first, filled = first if parcel else number, filled + size
             parcel.append(part)
     if parcel:

@@ -20,6 +20,8 @@ from nemo_rl.refit.cost import Links
 from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.transports import parcels, registry
+from nemo_rl.refit.transports.mover import Transport
 
 from .simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
 
@@ -59,6 +61,9 @@ def kills_trainer_1(session, inner):
 
 def rank_main(rank, port, transport, versions, die, queue, known):
     torch.set_num_threads(1)
+    if transport == "nccl":  # its schedule of parcels, over gloo
+        registry.TRANSPORTS["nccl"] = Transport("nccl", lambda *_: None, registry._grouped)
+        parcels.PARCEL_BYTES, parcels.LEAST_IN_PLACE = 1024, 128
     source = landing = None
     if rank in WORLD.trainers:
         source = PlainSource.of(model(0), TABLE, [(f, shard(m, rank, 0)) for f, m in TABLE.items()])
@@ -122,13 +127,13 @@ def run(transport, versions, die="", known=None):
     return out
 
 
-@pytest.mark.parametrize("transport", ["gloo", "peer", "golden", "broadcast"])
+@pytest.mark.parametrize("transport", ["gloo", "nccl", "peer", "golden", "broadcast"])
 def test_three_refits_between_processes(transport):
     out = run(transport, (0, 1, 2))
     assert out == {0: [True, None], 1: [True, None], 2: [True, 2], 3: [True, 2]}
 
 
-@pytest.mark.parametrize(("transport", "die"), [("gloo", "sending"), ("peer", "being read")])
+@pytest.mark.parametrize(("transport", "die"), [("gloo", "sending"), ("nccl", "sending"), ("peer", "being read")])
 def test_a_killed_trainer_is_named_and_nothing_is_committed(transport, die):
     started = time.monotonic()
     out = run(transport, (0, 1), die)

@@ -20,6 +20,7 @@ from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports import parcels, registry
 from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 from nemo_rl.refit.transports.mover import Transport
+from nemo_rl.refit.transports.nccl_lanes import within
 
 from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -180,10 +181,8 @@ def random_schedule(rng):
             ends = sorted({rng.randint(1, len(named)) for _ in range(3)} | {len(named)}) if named else []
             orders[src, dst] = parcels.Order(np.array(named, np.int64), np.array(ends, np.int64))
     num_bytes, none = full_plan.sizes.prod(axis=1), np.zeros(len(full_plan), bool)
-    posted = [
-        parcels.groups_of(parcels.parcels_of(r, world, full_plan, num_bytes, orders, lanes, 200, none))
-        for r in range(world.size)
-    ]
+    rules = parcels.Rules(world, full_plan, num_bytes, none, lanes, 200)
+    posted = [parcels.groups_of(parcels.parcels_of(r, rules, orders)) for r in range(world.size)]
     return full_plan, posted, lanes
 
 
@@ -253,7 +252,7 @@ def test_a_rank_that_posts_in_another_order_is_a_circle():
     assert found > 5
 
 
-def test_ranks_that_differ_on_the_order_are_caught_by_digests(on_cpu, monkeypatch):
+def test_ranks_that_differ_on_the_order_are_caught_by_digests(on_cpu):
     full, sources, landings = two_sides(random.Random(4), 1, 1)
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
     raise_any(sim.start())
@@ -279,3 +278,34 @@ def test_a_silent_trainer_is_named_with_round_and_parameter(on_cpu):
     error = results[2]
     assert isinstance(error, TransferError) and "receiving from trainer 1 (rank 1) in round" in str(error)
     assert "layers." in str(error) and landings[0].version == -1 and landings[0].rejected
+
+
+def test_the_first_parcel_that_is_late_is_named(on_cpu):
+    """As on GPUs, where the host posts everything and waits at the end."""
+    _, sources, landings = two_sides(random.Random(4), 2, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=3))
+    raise_any(sim.start())
+    lanes = sim.sessions[2]._agreed.mover._lanes
+    inner, flights = lanes.exchange, []
+
+    def exchange(*posts):
+        flights.append(inner(*posts))
+        late = len(flights) > 1
+        flights[-1].done = lambda: not late
+        return flights[-1]
+
+    def finish(end, look):
+        look()
+        raise TimeoutError("work on the device was not done within the deadline")
+
+    lanes.exchange, lanes.finish = exchange, finish
+    error = sim.refit(1)[2]
+    assert isinstance(error, TransferError) and f"1 of {len(flights)} groups were" in str(error)
+    assert "receiving from trainer" in str(error) and "layers." in str(error) and "remake" in str(error)
+
+
+def test_a_rank_that_does_not_connect_is_a_timeout():
+    with pytest.raises(TimeoutError, match="making communicators took longer than 0 s"):
+        within(0.05, lambda: time.sleep(1), "making communicators")
+    with pytest.raises(ValueError, match="no such"):
+        within(5, lambda: int("no such"), "it")
