@@ -44,9 +44,11 @@ class GeneratorActor:
     ) -> list[list[Generated]]:
         return self._engine.generate(prompts, n, max_new_tokens, temperature, seed, stop_token_ids)
 
+    @ray.method(concurrency_group=CONTROL)
     def refit_connect(self, rank_offset: int, world: World, store: Store, options: RefitOptions) -> None:
         self._engine.refit_connect(rank_offset, world, store, options)
 
+    @ray.method(concurrency_group=CONTROL)
     def refit_plan(self) -> str:
         return self._engine.refit_plan()
 

@@ -137,11 +137,13 @@ class VllmEngine:
     def refit_connect(self, rank_offset: int, world: World, store: Store, options: RefitOptions) -> None:
         """Join `world` with this engine's workers as ranks `rank_offset ..`. Raises RefitError."""
         self._start_check = options.verify_against_checkpoint and self._as_loaded and self.config.adapter is None
-        self._all("refit_connect", rank_offset, world, store, options, self._start_check)
+        with self._gate.pause():
+            self._all("refit_connect", rank_offset, world, store, options, self._start_check)
 
     def refit_plan(self) -> str:
         """Declare, plan and agree; digest of the plan. Raises RefitError."""
-        digests = set(self._all("refit_plan"))
+        with self._gate.pause():
+            digests = set(self._all("refit_plan"))
         assert len(digests) == 1, "agreed plans have one digest"
         return digests.pop()
 
@@ -223,7 +225,8 @@ class VllmEngine:
 
     def refit_close(self) -> None:
         """Give up the workers' sessions; weights and version stay."""
-        self._all("refit_close")
+        with self._gate.pause():
+            self._all("refit_close")
 
     def _all(self, method: str, *args: object) -> list[Any]:
         """Call every worker and return their values. Raises the first error, which leaves the engine refusing."""
@@ -253,10 +256,12 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the workers and remove the shared-memory files that they left; idempotent."""
-        if self._llm is None:
-            return
-        llm, self._llm = self._llm, None
-        llm.llm_engine.engine_core.shutdown()
+        with self._gate.pause():
+            if self._llm is None:
+                return
+            llm, self._llm = self._llm, None
+            self._stepper.close()
+            llm.llm_engine.engine_core.shutdown()
         for path in self._shared_files:
             Path(path).unlink(missing_ok=True)
 

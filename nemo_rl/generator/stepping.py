@@ -38,7 +38,8 @@ class Stepper:
     """
 
     def __init__(self, llm: Any, lora_request: Any = None) -> None:
-        self._engine, self._lora_request = llm.llm_engine, lora_request
+        self._engine: Any = llm.llm_engine
+        self._lora_request = lora_request
         self._numbers = itertools.count()
         self._growing: dict[str, Growing] = {}
 
@@ -113,6 +114,10 @@ class Stepper:
         """End all requests without an answer."""
         self._engine.abort_request(list(self._growing))
         self._growing.clear()
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self._engine = None
 
     def _note(self, outputs: Sequence[Any], version: int) -> None:
         for output in outputs:
