@@ -161,11 +161,15 @@ class Tracker:
 
     def landed(self, indices: Sequence[int] | np.ndarray) -> None:
         """Copies `indices` are in place; closes every unit that is whole."""
-        self.arrived(self.arrivals.part(indices, digested=False))
+        self.arrived(self.arrivals.part(indices, digested=False), digested=False)
 
-    def arrived(self, part: Part) -> None:
-        """`part` is in place; closes every unit that is whole."""
-        if self._verify and part.pieces is not None:
+    def arrived(self, part: Part, digested: bool) -> None:
+        """`part` is in place; closes every unit that is whole.
+
+        Args:
+            digested: nothing that is still to come writes where `part` landed: digest it if it has what does so.
+        """
+        if self._verify and digested and part.pieces is not None:
             part.pieces.take(self.rows(IN_PLACE), self.ledger)
         for unit, count in part.counts.items():
             self._left[unit] -= count

@@ -238,25 +238,34 @@ class Peer:
     def _take(self, copies: CopyTable, tracker: Tracker, end: float) -> None:
         in_place, staged = self._parts or self._split(copies, tracker)
         self._parts = in_place, staged
-        self._ready = ready = self._prepare_in_place(in_place, tracker)
+        before, self._ready = self._ready, self._prepare_in_place(in_place, tracker)
+        try:
+            self._read_in_place(self._ready, tracker, end, proven=self._ready is before)
+            for message in staged:
+                units = np.unique(tracker.layout.unit[copies.dst_row[message.lo : message.hi]]).tolist()
+                views = {row: view for unit in units for row, view in tracker.rows(unit).items()}
+                self._start(self._batch(_copies_of([message]), tracker, Rows.of(views, tracker.layout)), tracker)
+            self._memory.wait(end)
+        except (OSError, TimeoutError) as error:
+            names = ", ".join(map(self._world.describe, self._sources))
+            raise self._failed(f"reading from {names}: {error}", *self._sources) from error
+
+    def _read_in_place(self, ready: _Ready, tracker: Tracker, end: float, proven: bool) -> None:
+        """All steps of this rank.
+
+        Args:
+            proven: the same copies ran before, and what they wrote was looked at behind the last of them: none writes
+                where another one lands. From then on each batch is looked at as soon as it landed.
+        """
 
         def start(step: int) -> None:
             for batch in ready.steps[step]:
-                self._start(batch, tracker)
+                self._start(batch, tracker, proven)
 
         if self._chain is not None:
             self._chain.run(start, self._memory.mark, end)
         else:
             start(0)
-        for message in staged:
-            units = np.unique(tracker.layout.unit[copies.dst_row[message.lo : message.hi]]).tolist()
-            views = {row: view for unit in units for row, view in tracker.rows(unit).items()}
-            self._start(self._batch(_copies_of([message]), tracker, Rows.of(views, tracker.layout)), tracker)
-        try:
-            self._memory.wait(end)
-        except (OSError, TimeoutError) as error:
-            names = ", ".join(map(self._world.describe, self._sources))
-            raise self._failed(f"reading from {names}: {error}", *self._sources) from error
 
     def _split(self, copies: CopyTable, tracker: Tracker) -> tuple[list[list[np.ndarray]], list[Message]]:
         """What lands here: in place, steps of copies that are read in one go each, and other messages in plan order."""
@@ -293,7 +302,7 @@ class Peer:
         part = tracker.arrivals.part(indices, digested=not ordered)
         return _Batch(giver, indices, part, self._memory.prepare(peer, jobs, ordered))
 
-    def _start(self, batch: _Batch, tracker: Tracker) -> None:
+    def _start(self, batch: _Batch, tracker: Tracker, digested: bool = False) -> None:
         try:
             batch.start()
         except OSError as error:
@@ -303,7 +312,7 @@ class Peer:
                 f"{self._relay.num_bytes[batch.indices].sum()} bytes, first {first.fqn} {first.region}): {error}"
             )
             raise self._failed(text, batch.giver) from error
-        tracker.arrived(batch.part)
+        tracker.arrived(batch.part, digested)
 
     def _failed(self, text: str, *peers: int) -> TransferError:
         names = ", ".join(map(self._world.describe, peers))

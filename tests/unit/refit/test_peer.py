@@ -15,6 +15,7 @@ import torch
 
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import TransferError, VerificationError
+from nemo_rl.refit.pipeline import Tracker
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Axis, Form, Jobs, form_of, merged
 from nemo_rl.refit.transports import copy_engine, host_memory, peer
@@ -169,6 +170,18 @@ def test_a_read_that_the_kernel_cuts_short_goes_on(monkeypatch):
     assert dst.view(-1)[:33].tolist() == [*range(13), *range(20, 40)]
 
 
+def test_reads_that_fail_later_name_who_is_read():
+    sim, *_ = small_world()
+    raise_any(sim.start())
+
+    def failed(end):
+        raise OSError(5, "the device is lost")
+
+    sim.sessions[1]._agreed.mover._memory.wait = failed
+    error = sim.refit(0)[1]
+    assert isinstance(error, TransferError) and "reading from trainer 0 (rank 0): " in str(error)
+
+
 def test_a_process_that_ended_or_hides_its_memory():
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     memory, gone = HostMemory(), int(child.stdout)
@@ -229,6 +242,60 @@ def test_bytes_that_change_on_the_way_are_caught():
     results = sim.refit(0)
     assert isinstance(results[1], VerificationError) and "b [0:5]" in str(results[1])
     assert landing.version == -1 and landing.rejected
+
+
+def two_trainers():
+    """Each has half of the rows; all of them land in place at one generator, a batch from each trainer."""
+    table = make_table({f"layers.{i}": ((6, 4), torch.float32) for i in range(4)})
+    generator = torch.Generator().manual_seed(5)
+    full = {f: random_bytes(m.shape, m.dtype, generator) for f, m in table.items()}
+    rows = [(f, Region.whole(m.shape)) for f, m in table.items()]
+    sources = [PlainSource.of(full, table, half) for half in (rows[:2], rows[2:])]
+    landing = PlainLanding(rows)
+    sim = SimulatedWorld(sources, [landing], RefitOptions(transport="peer", deadline_s=5))
+    raise_any(sim.start())
+    return sim, landing
+
+
+def test_a_batch_that_writes_where_an_earlier_one_landed_is_caught():
+    """Also where each batch could be looked at as soon as it landed: copies that never ran are looked at in the end."""
+    sim, landing = two_trainers()
+    memory, number = sim.sessions[2]._agreed.mover._memory, iter(range(99))
+    inner = memory.prepare
+
+    def astray(*args):
+        start, late = inner(*args), next(number) == 1
+
+        def begin():
+            start()
+            if late:
+                for tensor in landing.storage:
+                    tensor.view(-1).view(torch.uint8)[7] ^= 1
+
+        return begin
+
+    memory.prepare = astray
+    results = sim.refit(0)
+    assert next(number) == 2, "two batches"
+    assert isinstance(results[2], VerificationError) and "4 pieces differ" in str(results[2])
+    assert landing.version == -1 and landing.rejected
+
+
+def test_batches_that_ran_before_are_looked_at_as_soon_as_they_landed(monkeypatch):
+    sim, landing = two_trainers()
+    inner, seen = Tracker.digest_in_place, []
+
+    def looked(self):
+        seen.append(bool(self.ledger.taken.all()))
+        inner(self)
+
+    monkeypatch.setattr(Tracker, "digest_in_place", looked)
+    for version in range(3):
+        landing.scramble()
+        raise_any(sim.refit(version))
+    landing.storage = [t.clone() for t in landing.storage]  # other copies are prepared
+    raise_any(sim.refit(3))
+    assert seen == [False, True, True, False]
 
 
 def test_a_trainer_that_cannot_be_read_is_refused_by_name(monkeypatch):
