@@ -189,8 +189,10 @@ class Tracker:
             self._sink.close(unit)
 
     def digest_in_place(self) -> None:
-        """Read what landed in final storage and was not read yet, once nothing more of this version writes there."""
+        """Read what landed in final storage, once this version writes no more; nothing if all of it was read."""
         if not self.ledger.taken.all():
+            if self.arrivals.final:  # kernels add digests to what stands there: what was read is read again
+                self.ledger = Ledger(len(self.arrivals.mine))
             self._digest(IN_PLACE)
         self._views.clear()
 

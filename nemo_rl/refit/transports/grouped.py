@@ -55,6 +55,7 @@ class Grouped:
         self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
         self._groups: list[list[Parcel]] | None = None
         self._parts: dict[tuple[int, int], Part] = {}
+        self._proven = False
         self._seen: Callable[[int, Region], object] | None = None
 
     def run(
@@ -67,6 +68,9 @@ class Grouped:
         """See `Mover.run`. Raises TransferError naming the peers, round and parameter that this rank waited for."""
         end = time.monotonic() + deadline_s
         moved = self._place(copies, src_view, tracker)
+        # The same parcels went where they go before, and what landed was looked at behind the last of them: none writes
+        # where another one lands. From then on each is looked at as soon as it landed.
+        self._proven = self._groups is not None and not moved
         if self._groups is None or moved:
             self._groups = self._agree(copies, tracker) if self._groups is None else self._groups
             self._fit(copies, self._groups, tracker)
@@ -191,7 +195,7 @@ class Grouped:
         there = self._setting.sources[self._rank], self._out.rows
         here = tracker.layout, Rows.of(views, tracker.layout)
         self._lanes.prepare(jobs_of(self._plan, copies, parcel.copies, there, here))()
-        tracker.landed(parcel.copies)
+        tracker.arrived(self._part(parcel, tracker), self._proven)
 
     def _settle(self, posted: _Posted, copies: CopyTable, tracker: Tracker | None, end: float) -> None:
         """What comes next on the current stream finds the group's bytes in place and its slots free."""
@@ -205,7 +209,7 @@ class Grouped:
             assert tracker is not None
             if load.copy is not None:
                 load.copy()
-            tracker.arrived(self._part(load.parcel, tracker))
+            tracker.arrived(self._part(load.parcel, tracker), self._proven)
 
     def _part(self, parcel: Parcel, tracker: Tracker) -> Part:
         """What lands with a parcel; its digests are taken at once where it lands for good."""

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.digest import Ledger, digest_on_device
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.pipeline import Tracker
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
@@ -109,6 +111,45 @@ def test_a_rank_on_both_sides_copies_within_itself(on_cpu):
         raise_any(sim.refit(1))
         for landing in landings:
             check(landing, full)
+
+
+def test_parcels_that_went_before_are_looked_at_as_soon_as_they_landed(on_cpu, monkeypatch):
+    inner, seen = Tracker.digest_in_place, []
+
+    def looked(self):
+        seen.append(bool(self.ledger.taken.all()))
+        inner(self)
+
+    monkeypatch.setattr(Tracker, "digest_in_place", looked)
+    full, sources, landings = two_sides(random.Random(2), 2, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    raise_any(sim.start())
+    for version in range(3):
+        landings[0].scramble()
+        raise_any(sim.refit(version))
+    landings[0].storage = [t.clone() for t in landings[0].storage]  # other places
+    raise_any(sim.refit(3))
+    check(landings[0], full)
+    assert seen == [False, True, True, False]
+
+
+def test_what_was_looked_at_in_part_is_looked_at_again(on_cpu, monkeypatch):
+    """Kernels add digests to the room of a ledger: none may be added twice."""
+
+    def added(self, number, view, region):
+        self.room(view.device)[number] += digest_on_device(view, region, self._scratch)
+        self.taken[number] = True
+
+    monkeypatch.setattr(Ledger, "take", added)
+    full, sources, landings = two_sides(random.Random(2), 2, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    raise_any(sim.start())
+    raise_any(sim.refit(0))
+    inner, turn = Tracker.arrived, iter(range(99))
+    monkeypatch.setattr(Tracker, "arrived", lambda self, part, digested: inner(self, part, next(turn) % 2 == 0))
+    raise_any(sim.refit(1))
+    assert next(turn) > 2
+    check(landings[0], full)
 
 
 def test_receivers_get_in_place_what_lies_together(on_cpu):
