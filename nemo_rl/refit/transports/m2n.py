@@ -25,6 +25,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.mover import Setting
+from nemo_rl.refit.transports.nccl_lanes import within
 from nemo_rl.refit.transports.own_nccl import keep_variable
 from nemo_rl.refit.transports.resharding import SLOT_BYTES, Reshard, Said, Side, reshards
 
@@ -66,6 +67,7 @@ class NcclM2n:
     """A communicator of nccl4py's and m2n's handle; every rank makes one at the same time.
 
     Raises:
+        TimeoutError: some rank did not connect.
         RuntimeError: NCCL refuses, or would use multicast.
     """
 
@@ -74,16 +76,20 @@ class NcclM2n:
         import nccl.core
         import nccl.m2n
 
-        self._m2n, self._device = nccl.m2n, setting.device
-        control, size = setting.control, setting.plan.world.size
-        name = nccl.core.get_unique_id(empty=setting.rank != 0)
-        raw = name.as_ndarray.view(np.uint8)
-        raw[...] = np.frombuffer(control.gather("agree", raw.tobytes())[0], np.uint8).reshape(raw.shape)
-        with torch.cuda.device(setting.device):
-            self._comm = nccl.core.Communicator.init(nranks=size, rank=setting.rank, unique_id=name)
-            if self._comm.properties.multimem_support:
+        self._core, self._m2n, self._device = nccl.core, nccl.m2n, setting.device
+        self._comm: Any = None
+        own = bytes(nccl.core.get_unique_id()) if setting.rank == 0 else b""
+        name = setting.control.gather("agree", own)[0]
+        within(setting.control.deadline_s, lambda: self._connect(setting, name), "making m2n's communicator")
+
+    def _connect(self, setting: Setting, name: bytes) -> None:
+        size, rank = setting.plan.world.size, setting.rank
+        with torch.cuda.device(self._device):
+            comm = self._core.Communicator.init(size, rank, self._core.UniqueId.from_bytes(name))
+            if comm.properties.multimem_support:
+                comm.abort()
                 raise RuntimeError("NCCL would use NVLink multicast; set NCCL_NVLS_ENABLE=0 before it loads")
-            self._handle = nccl.m2n.Handle.create()
+            self._comm, self._handle = comm, self._m2n.Handle.create()
 
     def reshard(self, call: Reshard, rank: int) -> None:
         """Start on the current stream."""
@@ -100,8 +106,10 @@ class NcclM2n:
         return tuple(self._m2n.Replicate() if dim is None else self._m2n.Shard(dim) for dim in side.dims)
 
     def close(self) -> None:
-        """Abort what is in flight."""
-        self._comm.abort()
+        """Abort what is in flight; idempotent."""
+        comm, self._comm = self._comm, None
+        if comm is not None:
+            comm.abort()
 
 
 class Library(Protocol):
