@@ -180,7 +180,20 @@ def both(*args: Any) -> dict[str, bool]:
     return lands(*args) | sessions(*args) | mixed(*args)
 
 
-SCENARIOS = {"lands": lands, "faults": faults, "sessions": sessions, "both": both}
+def direct(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+    """Where kernels read what the loader fills, as unquantized ones on GPUs do, all bytes land in place."""
+    found = lands(engine, a, b, fresh_b)
+    units = engine._llm.collective_rpc(units_of, args=(a,))
+    found[f"units are {units}"] = units == [[-1]] * engine.num_workers
+    return found
+
+
+def units_of(worker: Any, path: str) -> list[int]:
+    declared = inner(worker).refit_landing().declare(table_of(load_file(f"{path}/model.safetensors")))
+    return sorted(set(declared.layout.unit.tolist()))
+
+
+SCENARIOS = {"lands": lands, "faults": faults, "sessions": sessions, "both": both, "direct": direct}
 
 if __name__ == "__main__":
     answer(SCENARIOS)
