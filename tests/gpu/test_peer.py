@@ -39,7 +39,7 @@ def random_view(rng: random.Random, shape: list[int], dtype: torch.dtype, seed: 
 def cases() -> list[tuple[list[int], torch.dtype]]:
     rng = random.Random(11)
     small = [[rng.choice((1, 2, 5, 40)) for _ in range(rng.randint(0, 4))] for _ in range(COUNT)]
-    large = [[64, 300, 128], [3000, 17], [5, 7, 2000]]
+    large = [[64, 300, 128], [3000, 17], [5, 7, 2000], [3, 700, 9000]]  # the last ones over many chunks
     return [(shape, rng.choice(DTYPES)) for shape in small + large]
 
 
@@ -59,7 +59,12 @@ def owner(connection: Any) -> None:
     connection.recv()
 
 
-def test_any_box_is_read_into_any_other() -> None:
+@pytest.mark.parametrize("allocator", ["expandable_segments:False", "expandable_segments:True"])
+def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also out of memory that the owner's allocator maps chunk by chunk, which has no CUDA IPC handle."""
+    torch.cuda.init()  # the setting below is for the owner alone
+    torch.zeros(1, device="cuda")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
     from nemo_rl.refit.transports.cuda_memory import CudaMemory
 
     context = mp.get_context("spawn")
@@ -72,6 +77,10 @@ def test_any_box_is_read_into_any_other() -> None:
     assert memory.probe(beacon) is None
     assert "differently" in str(memory.probe(json.dumps(json.loads(beacon) | {"secret": "00" * 16})))
     assert "cannot be mapped" in str(memory.probe(json.dumps(json.loads(beacon) | {"window": "00" * 64})))
+    assert "cannot be mapped" in str(
+        memory.probe(json.dumps(json.loads(beacon) | {"window": '["gone", [[4096, 4096]]]'}))
+    )
+    assert any(window.startswith("[") for window in windows) == allocator.endswith("True")
     peer, bases = memory.open(windows)
     rng = random.Random(13)
     expected, got, forms, addresses = [], [], [], []
@@ -100,6 +109,27 @@ def test_any_box_is_read_into_any_other() -> None:
     here.send("done")
     child.join(20)
     assert child.exitcode == 0
+
+
+def unexportable(connection: Any) -> None:
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    connection.send(CudaMemory(torch.device("cuda", 0)).beacon())
+
+
+def test_memory_that_cannot_be_shown_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC", "0")
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=unexportable, args=(there,), daemon=True)
+    child.start()
+    assert here.poll(60)
+    reason = str(CudaMemory(torch.device("cuda", 0)).probe(here.recv()))
+    assert "was not created to be shown" in reason and "TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=1" in reason
+    child.join(20)
 
 
 @pytest.mark.gpu(2)

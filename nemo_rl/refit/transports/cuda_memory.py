@@ -1,8 +1,8 @@
-"""GPU memory of other processes of the host, mapped through CUDA IPC and read by copy engines.
+"""GPU memory of other processes of the host, mapped through CUDA IPC or chunk by chunk, and read by copy engines.
 
 Handles are those of the driver's allocations behind the caching allocator's tensors, so that processes which see one
-GPU each can use them. Memory that the driver maps by other means (expandable segments, pools of virtual memory) has no
-such handle, and a process that keeps its tensors there is refused.
+GPU each can use them. Memory that the driver maps by other means (expandable segments) has descriptors instead
+(`vmm.py`), or none, and a process that keeps its tensors in such memory is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from cuda.bindings import driver, runtime
 
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
+from nemo_rl.refit.transports import vmm
+from nemo_rl.refit.transports.chunks import place, runs_of
 from nemo_rl.refit.transports.copy_engine import CopyEngine, Parts
 
 _BEACONS: dict[int, tuple[torch.Tensor, bytes]] = {}
@@ -32,7 +33,7 @@ class CudaMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lanes: _Lanes | None = None
-        self._open: dict[str, int] = {}
+        self._open: dict[str, int | vmm.Mapped] = {}
         self._engine = CopyEngine(device)
         self.staging_bytes = 0
 
@@ -68,18 +69,28 @@ class CudaMemory:
 
     def show(self, views: Sequence[torch.Tensor]) -> tuple[list[str], np.ndarray]:
         """One window for each allocation of the driver. Raises OSError where memory has no handle."""
-        windows: dict[int, int] = {}
-        handles: list[str] = []
-        where = np.zeros((len(views), 2), np.int64)
+        handles: dict[int, str | None] = {}
+        chunks: dict[int, int] = {}
         with torch.cuda.device(self._device):
-            for number, view in enumerate(views):
+            for view in views:
                 base = _base(view.data_ptr())
-                if base not in windows:
-                    windows[base] = len(handles)
-                    handle = _ask(runtime.cudaIpcGetMemHandle(base), "exporting memory (expandable segments are not)")
-                    handles.append(bytes(handle[0].reserved).hex())
-                where[number] = windows[base], view.data_ptr() - base
-        return handles, where
+                if base not in handles:
+                    handles[base] = _handle(base)
+                if handles[base] is None:
+                    chunks |= vmm.chunks_of(view.data_ptr(), _end(view))
+            runs = runs_of(chunks)
+            whole = {base: handle for base, handle in handles.items() if handle is not None}
+            windows = [*whole.values(), *map(vmm.show, runs)]
+        numbers = {base: number for number, base in enumerate(whole)}
+        where = np.zeros((len(views), 2), np.int64)
+        for i, view in enumerate(views):
+            base = _base(view.data_ptr())
+            if base in numbers:
+                where[i] = numbers[base], view.data_ptr() - base
+            else:
+                number, offset = place(view.data_ptr(), runs)
+                where[i] = len(whole) + number, offset
+        return windows, where
 
     def open(self, windows: Sequence[str]) -> tuple[int, np.ndarray]:
         """Map `windows`. Raises OSError where one cannot be."""
@@ -127,19 +138,28 @@ class CudaMemory:
 
     def close(self) -> None:
         """Unmap all windows; idempotent."""
-        while self._open:
-            _, pointer = self._open.popitem()
-            with torch.cuda.device(self._device):
-                runtime.cudaIpcCloseMemHandle(pointer)
+        with torch.cuda.device(self._device):
+            while self._open:
+                _, opened = self._open.popitem()
+                if isinstance(opened, vmm.Mapped):
+                    opened.close()
+                else:
+                    runtime.cudaIpcCloseMemHandle(opened)
 
     def _map(self, window: str) -> int:
         if window not in self._open:
-            handle = runtime.cudaIpcMemHandle_t()
-            handle.reserved = bytes.fromhex(window)
-            flag = runtime.cudaIpcMemLazyEnablePeerAccess
             with torch.cuda.device(self._device):
-                self._open[window] = int(_ask(runtime.cudaIpcOpenMemHandle(handle, flag), "mapping memory")[0])
-        return self._open[window]
+                self._open[window] = self._opened(window)
+        opened = self._open[window]
+        return int(opened.address) if isinstance(opened, vmm.Mapped) else opened
+
+    def _opened(self, window: str) -> int | vmm.Mapped:
+        if window.startswith("["):
+            return vmm.Mapped(window, self._device.index or 0)
+        handle = runtime.cudaIpcMemHandle_t()
+        handle.reserved = bytes.fromhex(window)
+        flag = runtime.cudaIpcMemLazyEnablePeerAccess
+        return int(vmm.ask(runtime.cudaIpcOpenMemHandle(handle, flag), "mapping memory")[0])
 
 
 class _Lanes:
@@ -175,13 +195,22 @@ class _Lanes:
 
 
 def _base(address: int) -> int:
-    """First byte of the driver's allocation that holds `address`. Raises OSError where none does."""
-    return int(_ask(driver.cuMemGetAddressRange(address), "finding an allocation")[0])
+    """First byte of the driver's allocation, or chunk, that holds `address`. Raises OSError where none does."""
+    return int(vmm.ask(driver.cuMemGetAddressRange(address), "finding an allocation")[0])
 
 
-def _ask(answer: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-    """Results of a CUDA call. Raises OSError where it failed."""
-    error, *values = answer
+def _handle(base: int) -> str | None:
+    """The CUDA IPC handle of an allocation; None where the driver has none for it."""
+    error, handle = runtime.cudaIpcGetMemHandle(base)
     if int(error) != 0:
-        raise OSError(int(error), f"{what}: {error.name}")
-    return tuple(values)
+        runtime.cudaGetLastError()
+        return None
+    text: str = bytes(handle.reserved).hex()
+    return text
+
+
+def _end(view: torch.Tensor) -> int:
+    """Address behind the last byte of `view`."""
+    steps = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    end: int = view.data_ptr() + (steps + 1) * view.element_size() if view.numel() else view.data_ptr() + 1
+    return end
