@@ -120,11 +120,11 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
-    """Knobs of the session. `transport` is auto, peer, gloo or golden; the conventional refit is `broadcast`, which
-    `policy.nccl_xfer_refit=false` selects. `verify_against_checkpoint` compares what trainers hold before their first
-    step with the files of `model_name`, and what generators loaded from them with what the first refit brings.
-    `measure_links` is auto (where `transport=auto` has a choice and `cache_dir` holds no measurement of these hosts),
-    always or never; `cache_dir` is on the host of the first trainer, empty for none."""
+    """Knobs of the session. `transport` is auto, peer, nccl, m2n, gloo or golden; the conventional refit is
+    `broadcast`, which `policy.nccl_xfer_refit=false` selects. `verify_against_checkpoint` compares what trainers hold
+    before their first step with the files of `model_name`, and what generators loaded from them with what the first
+    refit brings. `measure_links` is auto (where `transport=auto` has a choice and `cache_dir` holds no measurement of
+    these hosts), always or never; `cache_dir` is on the host of the first trainer, empty for none."""
 
     transport: str = "auto"
     bucket_bytes: int = 16 << 20
