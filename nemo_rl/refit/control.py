@@ -132,7 +132,7 @@ class Control:
                     self.raise_if_aborted(phase)
             if waited > self.deadline_s:
                 self._give_up(phase, [r for r, key in keys.items() if not self.store.check([key])])
-            self._meanwhile()
+            self.idle()
             time.sleep(min(max(_LEAST_PAUSE_S, waited * _PAUSE_SHARE), _MOST_PAUSE_S))
         return dict(zip(keys, self.read(names), strict=True))
 

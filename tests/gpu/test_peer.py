@@ -94,7 +94,7 @@ def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.Monk
         expected.append(want)
         got.append(raw)
     src, dst = np.array(addresses, np.int64).T
-    start = memory.prepare(peer, Jobs(src, dst, tuple(forms)))
+    start = memory.prepare(peer, Jobs(src, dst, tuple(forms)), put=False, ordered=True)
     before = [raw.clone() for raw in got]
     start()
     memory.wait(time.monotonic() + 20)

@@ -18,7 +18,7 @@ from nemo_rl.refit.errors import TransferError
 
 _LINE = 8  # counters of a cache line, so that no two ranks write to the same one
 _SPINS = 100  # looks without a pause: what is due within microseconds is seen at once
-_PAUSE_S, _MOST_S = 20e-6, 2e-4
+_PAUSE_S, _MOST_S = 20e-6, 1e-4
 _CHECK_S = 0.05  # between two looks at what tells of failures
 
 
@@ -86,17 +86,36 @@ class Board:
             TransferError: ranks that did not in time, or whose process ended, by name and with what they said.
             RefitError: another rank reported a failure; its text.
         """
-        spins, pause, check = _SPINS, _PAUSE_S, time.monotonic() + _CHECK_S
-        while late := self._late(values, lane):
+
+        def done() -> bool:
+            if not self._late(values, lane):
+                return True
             meanwhile()
+            return False
+
+        self.until(done, {lane: values}, phase, end)
+
+    def until(self, done: Callable[[], bool], awaited: Mapping[int, Mapping[int, int]], phase: str, end: float) -> None:
+        """Until `done`, which may do what can be done without waiting, or `end` (monotonic).
+
+        Args:
+            awaited: lane -> rank -> what it says in the end, which `done` waits for.
+
+        Raises:
+            TransferError, RefitError: as `wait`.
+        """
+        spins, pause, check = _SPINS, _PAUSE_S, time.monotonic() + _CHECK_S
+        while not done():
             if spins:
                 spins -= 1
                 continue
             now = time.monotonic()
             if now > check or now > end:
-                self.look(values, phase, lane)
+                for lane, values in awaited.items():
+                    self.look(values, phase, lane)
                 check = now + _CHECK_S
             if now > end:
+                lane, late = next(((n, late) for n, v in awaited.items() if (late := self._late(v, n))), (0, {}))
                 self._give_up("waited until the deadline for", late, phase, lane)
             time.sleep(pause)
             pause = min(2 * pause, _MOST_S)

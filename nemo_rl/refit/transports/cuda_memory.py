@@ -29,6 +29,7 @@ class CudaMemory:
     """Reads memory of other GPUs, or of other processes on this one, into tensors of `device`."""
 
     step_bytes = 64 << 20
+    puts = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -100,7 +101,7 @@ class CudaMemory:
         """Addresses alone say where to read."""
         return 0
 
-    def prepare(self, peer: int, jobs: Jobs, ordered: bool = True) -> Callable[[], None]:
+    def prepare(self, peer: int, jobs: Jobs, *, put: bool, ordered: bool) -> Callable[[], None]:
         """What starts `jobs` before what the current stream is given next, and, `ordered`, after all it was given."""
         parts = self._engine.prepare(jobs, self._rooms(jobs))
 

@@ -23,9 +23,10 @@ _PR_SET_PTRACER, _ANY = 0x59616D61, -1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
-_readv.restype = ctypes.c_ssize_t
+_writev = _libc.process_vm_writev
+_readv.restype = _writev.restype = ctypes.c_ssize_t
 _PAIRS = ctypes.c_void_p, ctypes.c_ulong  # of addresses and lengths, and how many
-_readv.argtypes = [ctypes.c_int, *_PAIRS, *_PAIRS, ctypes.c_ulong]
+_readv.argtypes = _writev.argtypes = [ctypes.c_int, *_PAIRS, *_PAIRS, ctypes.c_ulong]
 
 _BEACON = ctypes.create_string_buffer(secrets.token_bytes(16), 16)
 
@@ -37,6 +38,7 @@ class HostMemory:
     """
 
     step_bytes = 4 << 20
+    puts = False  # reads may take short runs together with what lies between them
 
     def __init__(self) -> None:
         self.staging_bytes = 0
@@ -69,9 +71,15 @@ class HostMemory:
         """What stands for this process itself in `prepare`."""
         return os.getpid()
 
-    def prepare(self, peer: int, jobs: Jobs, ordered: bool = True) -> Callable[[], None]:
-        """What copies `jobs` from process `peer` into this one; it raises OSError where the memory is gone."""
-        return lambda: self._read_all(peer, jobs)
+    def prepare(self, peer: int, jobs: Jobs, *, put: bool, ordered: bool) -> Callable[[], None]:
+        """What copies `jobs` between process `peer` and this one; it raises OSError where the memory is gone."""
+        return (lambda: self._write_all(peer, jobs)) if put else (lambda: self._read_all(peer, jobs))
+
+    def _write_all(self, pid: int, jobs: Jobs) -> None:
+        remote = [_pieces(form, "dst") + (dst, 0) for form, dst in zip(jobs.forms, jobs.dst, strict=True)]
+        local = [_pieces(form, "src") + (src, 0) for form, src in zip(jobs.forms, jobs.src, strict=True)]
+        if remote:
+            _move(_writev, pid, np.concatenate(remote), np.concatenate(local))
 
     def _read_all(self, pid: int, jobs: Jobs) -> None:
         straight: list[int] = []
@@ -117,11 +125,15 @@ def _pieces(form: Form, side: str) -> np.ndarray:
 
 def _read(pid: int, remote: np.ndarray, local: np.ndarray) -> None:
     """Read pieces (address, length) of `pid` into as many of this process. Raises OSError."""
+    _move(_readv, pid, remote, local)
+
+
+def _move(call: Callable[..., int], pid: int, remote: np.ndarray, local: np.ndarray) -> None:
     for start in range(0, len(remote), _MAX_PIECES):
         there, here = (np.ascontiguousarray(p[start : start + _MAX_PIECES], np.int64) for p in (remote, local))
         wanted = int(there[:, 1].sum())
         while wanted:
-            got = _readv(pid, here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
+            got = call(pid, here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
             if got <= 0:
                 number = ctypes.get_errno()
                 raise OSError(number, f"{os.strerror(number)} ({wanted} bytes of process {pid} were due)")

@@ -73,7 +73,7 @@ class HostLanes:
         return _HostFlight(started)
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
-        return self._memory.prepare(os.getpid(), jobs)
+        return self._memory.prepare(os.getpid(), jobs, put=False, ordered=True)
 
     def finish(self, end: float, look: Callable[[], None]) -> None:
         """Flights were waited for one by one."""

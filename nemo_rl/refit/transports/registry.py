@@ -19,7 +19,7 @@ from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
 from nemo_rl.refit.relay import relay_of
-from nemo_rl.refit.transports import m2n, peer
+from nemo_rl.refit.transports import m2n, mapped, peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
@@ -105,7 +105,7 @@ def own_fact(device: torch.device, given: bool) -> Fact:
     """This rank's part of the facts."""
     host = _BOOT.read_text().strip() if _BOOT.exists() else ""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    memory = peer.memory_of(device)
+    memory = mapped.memory_of(device)
     words = platform.node(), hardware_of(device), gpu_of(device)
     return Fact(host, device.type, given, memory.beacon(), *words, free)
 
@@ -179,7 +179,7 @@ def _givers(transport: Transport, demand: Demand, device: str) -> np.ndarray | N
     """Where replicas of generators forward to each other."""
     if not transport.one_sided:
         return None
-    return relay_of(demand.plan, demand.landings, peer.memory_of(torch.device(device)).step_bytes).giver
+    return relay_of(demand.plan, demand.landings, mapped.memory_of(torch.device(device)).step_bytes).giver
 
 
 def _room(transport: Transport, facts: Facts, options: RefitOptions) -> str | None:

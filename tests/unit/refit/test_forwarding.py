@@ -78,12 +78,14 @@ def refits(sim, sources, landings, versions=(1, 2, 3)):
 UNITS = [0 if f.startswith("layers.0") else 1 if f.startswith("layers.3") else -1 for f in TABLE]
 
 
+@pytest.mark.parametrize("puts", [False, True])
 @pytest.mark.parametrize(
     ("trainers", "tp", "replicas", "units"), [(1, 1, 3, None), (2, 1, 5, None), (1, 2, 3, None), (2, 2, 3, UNITS)]
 )
-def test_every_replica_gets_the_trainers_bytes(trainers, tp, replicas, units):
+def test_every_replica_gets_the_trainers_bytes(trainers, tp, replicas, units, puts, monkeypatch):
+    monkeypatch.setattr(HostMemory, "puts", puts)
     sim, sources, landings = world_of(trainers, tp, replicas, units)
-    chained = [s.rank for s in sim.sessions if s._agreed.mover._chain is not None]
+    chained = sorted(sim.sessions[0]._agreed.mover._relay.num_steps)
     assert chained == list(sim.world.generators)
     reports = refits(sim, sources, landings)
     whole = sum(m.num_bytes for m in TABLE.values())
@@ -93,15 +95,18 @@ def test_every_replica_gets_the_trainers_bytes(trainers, tp, replicas, units):
         assert all(reports[r].bulk_bytes <= (1.1 if tp == 1 else 1.4) * whole for r in sim.world.trainers)
 
 
-def test_storage_of_a_forwarder_that_moved_is_shown_again():
+@pytest.mark.parametrize("puts", [False, True])
+def test_storage_of_a_forwarder_that_moved_is_shown_again(puts, monkeypatch):
+    monkeypatch.setattr(HostMemory, "puts", puts)
     sim, sources, landings = world_of(1, 1, 3)
     refits(sim, sources, landings, (1, 2))
-    seen = sim.sessions[2]._agreed.mover._opened[1]
+    windows = sim.sessions[0 if puts else 2]._agreed.mover._windows  # of who moves bytes with it
+    seen = windows.ends[1, "landing"]
     old, landings[0].storage = landings[0].storage, [t.clone() for t in landings[0].storage]
     for tensor in old:
         tensor.view(-1).view(torch.uint8).zero_()
     refits(sim, sources, landings, (3, 4))
-    assert sim.sessions[2]._agreed.mover._opened[1] is not seen
+    assert windows.ends[1, "landing"] is not seen
 
 
 def test_replicas_whose_memory_cannot_be_shown_do_not_forward(caplog):
@@ -113,8 +118,8 @@ def test_replicas_whose_memory_cannot_be_shown_do_not_forward(caplog):
 
     movers[1]._memory.show = refuse
     reports = refits(sim, sources, landings, (1, 2))
-    assert [m._sources for m in movers] == [[], [0], [0], [2], [3]] and movers[0]._readers == [1, 2]
-    assert "generator 0 (rank 1) does not forward what it got: memory without a handle" in caplog.text
+    assert [sorted(m._hears) for m in movers] == [[], [0], [0], [2], [3]] and sorted(movers[0]._tells) == [1, 2]
+    assert "generator 0 (rank 1) neither forwards nor is written to: memory without a handle" in caplog.text
     assert reports[1].bulk_bytes < 1.1 * reports[4].bulk_bytes
 
 
@@ -125,7 +130,7 @@ def test_wrong_bytes_of_a_forwarder_are_caught_where_they_land():
     copies = mover._plan.bulk
     row = np.flatnonzero((copies.dst_rank == 1) & (copies.dst_row == place))[0]
     damaged = landings[0].storage[place].view(-1).view(torch.uint8)
-    mark, exchange, steps, flips = mover._memory.mark, mover._control.exchange, iter(range(99)), []
+    mark, collect, steps, flips = mover._memory.mark, mover._control.collect, iter(range(99)), []
 
     def flip():
         damaged[77] ^= 4
@@ -136,13 +141,13 @@ def test_wrong_bytes_of_a_forwarder_are_caught_where_they_land():
             flip()
         return mark()
 
-    def exchange_and_repair(phase, outgoing, ranks):
-        answer = exchange(phase, outgoing, ranks)
+    def collect_and_repair(ticket, phase, ranks):
+        answer = collect(ticket, phase, ranks)
         if len(flips) == 1:
             flip()
         return answer
 
-    mover._memory.mark, mover._control.exchange = mark_and_damage, exchange_and_repair
+    mover._memory.mark, mover._control.collect = mark_and_damage, collect_and_repair
     results = sim.refit(1)
     assert len(flips) == 2 and 0 < mover._relay.step[row] < mover._relay.num_steps[1] - 1
     assert not wrong_rows(landings[0], model(TABLE)), "the forwarder itself is right"
@@ -156,7 +161,7 @@ def dies_in_the_middle(mover):
     steps = iter(range(99))
 
     def mark():
-        if next(steps) == mover._chain._num_steps // 2:
+        if next(steps) == mover._relay.num_steps[mover._rank] // 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return lambda: True
 

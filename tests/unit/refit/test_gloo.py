@@ -50,7 +50,7 @@ def kills_trainer_1(session, inner):
     """Its memory is mapped and was announced as complete; it dies before a byte is read."""
 
     def open_unit(unit):
-        pid, _ = session._agreed.mover._opened[1]
+        pid, _ = session._agreed.mover._windows.ends[1, "source"]
         os.kill(pid, signal.SIGKILL)
         while not Path(f"/proc/{pid}/status").read_text().count("zombie"):
             time.sleep(0.01)

@@ -61,7 +61,7 @@ def test_any_box_is_read_into_any_other(seed, monkeypatch):
     expected = whole.clone()
     expected.as_strided(dst.shape, dst.stride()).copy_(src)
     jobs = Jobs(np.array([src.data_ptr()]), np.array([dst.data_ptr()]), (form_between(src, dst),))
-    HostMemory().prepare(os.getpid(), jobs)()
+    HostMemory().prepare(os.getpid(), jobs, put=False, ordered=True)()
     assert same_bytes(whole, expected), "every byte of the box and none beside it"
 
 
@@ -218,9 +218,9 @@ def test_storage_that_moved_is_shown_again():
     sim, source, landing, full = small_world()
     raise_any(sim.start())
     raise_any(sim.refit(0))
-    shown = sim.sessions[1]._agreed.mover._opened[0]
+    shown = sim.sessions[1]._agreed.mover._windows.ends[0, "source"]
     raise_any(sim.refit(1))
-    assert sim.sessions[1]._agreed.mover._opened[0] is shown, "told once while storage stays"
+    assert sim.sessions[1]._agreed.mover._windows.ends[0, "source"] is shown, "told once while storage stays"
     other = PlainSource.of({f: t.flip(0) for f, t in full.items()}, source.whole, landing.rows)
     old, source.held = source.held, other.held
     raise_any(sim.refit(2))
@@ -263,8 +263,8 @@ def test_a_batch_that_writes_where_an_earlier_one_landed_is_caught():
     memory, number = sim.sessions[2]._agreed.mover._memory, iter(range(99))
     inner = memory.prepare
 
-    def astray(*args):
-        start, late = inner(*args), next(number) == 1
+    def astray(*args, **how):
+        start, late = inner(*args, **how), next(number) == 1
 
         def begin():
             start()

@@ -1,0 +1,129 @@
+"""Carries out the batches of one rank, refit after refit, and follows those that others move on its behalf."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from nemo_rl.refit.transports.board import Board
+from nemo_rl.refit.transports.steps import Batch, Schedule
+
+Done = Callable[[], bool]
+_MOST_RUNNING = 4  # batches: enough to keep links full, few enough for calls that start copies never to wait
+
+
+class Carrier:
+    """One rank's part in a schedule.
+
+    A mover counts on the board, in the lane of each taker, the steps that are done as far as it is concerned, over all
+    refits. A step landed where all movers to its taker have counted it.
+
+    Args:
+        board: with a lane for each rank.
+        schedule: of all takers.
+        rank: this one.
+    """
+
+    def __init__(self, board: Board, schedule: Schedule, rank: int) -> None:
+        self._board, self._schedule, self._rank = board, schedule, rank
+        self._mine = schedule.moved_by(rank)
+        self._after = _steps_after(schedule, self._mine)
+        self._movers = {taker: schedule.movers_to(taker) for taker in schedule.num_steps}
+        self._forwards = {b.giver: {*self._movers[b.giver]} for b in self._mine if b.giver in self._movers}
+        self._refits = 0
+        self._waiting: deque[int] = deque()
+        self._running: deque[tuple[int, Done]] = deque()
+        self._landed = 0
+
+    def run(
+        self,
+        starts: Sequence[Callable[[], None]],
+        mark: Callable[[], Done],
+        landed: Callable[[int], None],
+        idle: Callable[[], None],
+        end: float,
+    ) -> None:
+        """One refit.
+
+        Args:
+            starts: start the batches that this rank moves, one each, in their order.
+            mark: what tells whether all that was started before is done.
+            landed: called with the number of each step that landed here, in order.
+            idle: called while there is nothing else to do.
+            end: deadline (monotonic).
+
+        Raises:
+            TransferError: a rank ended or did not move its part in time, by name.
+            RefitError: another rank reported a failure; its text.
+        """
+        self._waiting, self._landed = deque(range(len(self._mine))), 0
+        for taker in {batch.taker for batch in self._mine}:
+            first = next(batch.step for batch in self._mine if batch.taker == taker)
+            self._board.post(self._first(taker) + first, taker)
+
+        def done() -> bool:
+            self._start(starts, mark)
+            self._tell()
+            self._take(landed)
+            idle()
+            return not self._waiting and not self._running and not self._late()
+
+        self._board.until(done, self._awaited(), "transfer", end)
+        self._refits += 1
+
+    def _start(self, starts: Sequence[Callable[[], None]], mark: Callable[[], Done]) -> None:
+        """Whatever the givers of the next batches have; batches keep their order."""
+        while self._waiting and len(self._running) < _MOST_RUNNING:
+            number = self._waiting[0]
+            batch = self._mine[number]
+            if batch.giver in self._forwards and self._seen(batch.giver) <= batch.step:
+                return
+            starts[number]()
+            self._running.append((self._waiting.popleft(), mark()))
+            self._tell()
+
+    def _tell(self) -> None:
+        while self._running and self._running[0][1]():
+            number, _ = self._running.popleft()
+            taker = self._mine[number].taker
+            self._board.post(self._first(taker) + self._after[number], taker)
+
+    def _take(self, landed: Callable[[int], None]) -> None:
+        if self._rank in self._movers:
+            while self._landed < self._seen(self._rank):
+                landed(self._landed)
+                self._landed += 1
+
+    def _first(self, taker: int) -> int:
+        return self._refits * self._schedule.num_steps[taker]
+
+    def _seen(self, taker: int) -> int:
+        """Steps of this refit that landed in `taker`."""
+        counts = [self._board.seen(mover, taker) for mover in self._movers[taker]]
+        return min(min(counts) - self._first(taker), self._schedule.num_steps[taker])
+
+    def _late(self) -> bool:
+        return any(
+            self._board.seen(rank, lane) < value
+            for lane, values in self._awaited().items()
+            for rank, value in values.items()
+        )
+
+    def _awaited(self) -> Mapping[int, Mapping[int, int]]:
+        """Lane -> mover -> what it says in the end: of steps that land here, and of those that are read from here."""
+        lanes = {self._rank} & set(self._movers) | set(self._forwards)
+        lanes |= {b.taker for b in self._schedule.batches if b.giver == self._rank != self._schedule.mover(b)}
+        return {
+            lane: {m: self._first(lane) + self._schedule.num_steps[lane] for m in self._movers[lane]}
+            for lane in sorted(lanes)
+        }
+
+
+def _steps_after(schedule: Schedule, mine: Sequence[Batch]) -> list[int]:
+    """Steps of its taker that are done, as far as the mover is concerned, once each of `mine` and those before are."""
+    following = dict(schedule.num_steps)
+    found = []
+    for batch in reversed(mine):
+        found.append(following[batch.taker])
+        following[batch.taker] = batch.step
+    return found[::-1]
