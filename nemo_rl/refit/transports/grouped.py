@@ -27,6 +27,12 @@ from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.parcels import Order, Parcel, Rules, groups_of, pairs_of, parcels_of, wire_order
 
+SLOTS_AHEAD = 3
+"""Parcels of a direction that are packed or spread while lanes are busy: packing is seldom even with the wire."""
+
+STAGING_BYTES = 512 << 20
+"""Of all slots of a rank, where two for each direction fit into it."""
+
 _LOOK_S = 0.1
 
 
@@ -51,7 +57,7 @@ class Grouped:
         self._skip = np.zeros(len(setting.plan.bulk), bool) if skip is None else skip
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
-        self._depth = setting.messages.num_streams + 1  # one is packed or spread while lanes are busy
+        self._depth = self._num_slots()
         self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
         self._groups: list[list[Parcel]] | None = None
         self._parts: dict[tuple[int, int], Part] = {}
@@ -140,6 +146,11 @@ class Grouped:
         item = np.array([m.dtype.itemsize for m in self._plan.table.values()], np.int64)
         num_bytes: np.ndarray = copies.sizes.prod(axis=1) * item[copies.tensor]
         return num_bytes
+
+    def _num_slots(self) -> int:
+        """Of a direction."""
+        directions = 2 if self._rank in self._world.shared else 1
+        return max(2, min(self._setting.messages.num_streams + SLOTS_AHEAD, STAGING_BYTES // directions // self._limit))
 
     @property
     def _limit(self) -> int:
