@@ -34,14 +34,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-# Read when NCCL loads; multicast can put a host's GPUs out of service.
-SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-os.environ.update(SAFE)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from nemo_rl.refit.device import MULTICAST_OFF  # noqa: E402
 from nemo_rl.trainer.model import Parallel, check_layout  # noqa: E402
 from scripts.bench.cases import CASES, LINKS, MODELS, NO_VERIFY, SMALL, Case, Engines  # noqa: E402
 from scripts.bench.rank import Rank  # noqa: E402
@@ -71,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeat", type=int, help="timed refits, instead of those of the table")
     p.add_argument("--bucket-mb", type=int, default=64)
     p.add_argument("--num-streams", type=int, default=2)
-    p.add_argument("--profile", action="store_true", help="one more refit each, to count kernels and copies")
+    p.add_argument("--profile", action="store_true", help="count kernels and copies in every case")
     p.add_argument("--deadline", type=float, default=30, help="seconds of any phase")
     p.add_argument("--variant-limit", type=float, default=60, help="seconds of any variant; then all is started anew")
     p.add_argument("--limit", type=float, default=600, help="seconds of the whole run; what is left is not run")
@@ -153,6 +151,7 @@ def with_options(case: Case, options: argparse.Namespace) -> Case:
     change: dict[str, Any] = {
         "one_buffer": case.one_buffer or options.one_buffer,
         "shared": case.shared or options.shared,
+        "profile": case.profile or options.profile,
     }
     variants = tuple(v.strip() for v in options.variants.split(",")) if options.variants else case.variants
     change["variants"] = tuple(v for v in variants if v not in [s.strip() for s in options.skip.split(",")])
@@ -235,7 +234,7 @@ class Run:
             self.blame(why or f"ranks ended with {codes}")
 
     def start(self, rank: int, device: int, port: int) -> subprocess.Popen[bytes]:
-        environ = dict(os.environ, PYTHONUNBUFFERED="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0", **SAFE)
+        environ = dict(os.environ, PYTHONUNBUFFERED="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0", **MULTICAST_OFF)
         if self.options.device == "cuda":
             environ["CUDA_VISIBLE_DEVICES"] = str(device)
         else:

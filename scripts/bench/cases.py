@@ -82,6 +82,7 @@ class Case:
             one allocation each.
         shared: all trainers are on one GPU and all generators on another, so that they share one link.
         stand_in: for machines with too few GPUs for the other cases.
+        profile: kernels and copies of one more refit are counted.
         repeat: timed refits; one more comes before them. Slow variants take `SLOW_REPEAT`.
     """
 
@@ -94,6 +95,7 @@ class Case:
     shared: bool = False
     stand_in: bool = False
     layers: int | None = None
+    profile: bool = False
     repeat: int = 5
 
     @property
@@ -119,7 +121,7 @@ class Case:
         return min(self.repeat, SLOW_REPEAT) if variant.split()[0] in SLOW else self.repeat
 
 
-SLOW = ("broadcast", "golden", "m2n", "gloo", "vllm", "checkpoint-engine")
+SLOW = ("auto", "broadcast", "golden", "m2n", "gloo", "vllm", "checkpoint-engine")
 SLOW_REPEAT = 3
 
 PEER = ("peer" + NO_VERIFY, "peer")
@@ -127,45 +129,45 @@ NCCL = ("nccl" + NO_VERIFY, "nccl")
 M2N = ("m2n" + NO_VERIFY,)
 CONVENTIONAL = ("broadcast" + NO_VERIFY,)
 AUTO = ("auto" + NO_VERIFY,)
-MOST = (LINKS, *PEER, *NCCL, *CONVENTIONAL, *AUTO)
-OTHERS = ("vllm", "checkpoint-engine")
+MOST = (LINKS, *PEER, "nccl" + NO_VERIFY, *CONVENTIONAL, *AUTO)
+EVERY = (LINKS, *PEER, *NCCL, *CONVENTIONAL, *AUTO, "auto", *M2N)
 
 _ONE = Parallel(1)
 _EP2 = Parallel(2, expert=2)
 _TP2 = Parallel(2, tensor=2)
+_PP2 = Parallel(2, pipeline=2)
 _MOE, _DENSE, _TINY = "Qwen3-30B-A3B", "Qwen3-4B", "Qwen3-0.6B"
-_HALF = Engines(2, present=1)
+_TWO_RANKS = Engines(2)
+_FIRST_OF_TWO = Engines(2, present=1)
 
 _FOUR: tuple[Case, ...] = (
-    Case("30B EP2 -> TP2", _MOE, _EP2, Engines(2), (*MOST, "auto", *M2N)),
+    Case("30B EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, EVERY, profile=True),
     Case("30B 1 -> 3 replicas", _MOE, _ONE, Engines(1, 3), MOST),
-    Case("0.6B TP2 -> TP2", _TINY, _TP2, Engines(2), MOST),
-    Case("4B TP2 -> TP2", _DENSE, _TP2, Engines(2), (*MOST, *M2N)),
-    Case("30B PP2 -> TP2", _MOE, Parallel(2, pipeline=2), Engines(2), MOST),
+    Case("0.6B TP2 -> TP2", _TINY, _TP2, _TWO_RANKS, MOST, profile=True),
+    Case("4B TP2 -> TP2", _DENSE, _TP2, _TWO_RANKS, EVERY, profile=True),
+    Case("30B PP2 -> TP2", _MOE, _PP2, _TWO_RANKS, MOST),
     Case("30B TP2 -> 2 replicas", _MOE, Parallel(2, tensor=2, expert_tensor=2), Engines(1, 2), MOST),
-    Case("30B EP2 TP2 -> TP2", _MOE, Parallel(2, tensor=2, expert=2), Engines(2), MOST),
-    Case("30B EP2 -> TP2 one buffer", _MOE, _EP2, Engines(2), (LINKS, *PEER), one_buffer=True),
+    Case("30B EP2 TP2 -> TP2", _MOE, Parallel(2, tensor=2, expert=2), _TWO_RANKS, MOST),
+    Case("30B EP2 -> TP2 by vLLM", _MOE, _EP2, _TWO_RANKS, (LINKS, "vllm")),
+    Case("30B 2 layers EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER, "broadcast", "golden"), layers=2, repeat=3),
+    Case("30B 8 layers EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, (LINKS, PEER[0], "vllm", "checkpoint-engine"), layers=8),
+    Case("30B EP2 -> TP2 one buffer", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER), one_buffer=True),
     Case("30B PP3 -> 1", _MOE, Parallel(3, pipeline=3), Engines(1), MOST),
-    Case("30B 2 layers EP2 -> TP2", _MOE, _EP2, Engines(2), (LINKS, *PEER, "broadcast", "golden"), layers=2, repeat=3),
-    Case("30B EP2 -> TP2 by vLLM", _MOE, _EP2, Engines(2), (LINKS, "vllm")),
-    Case("30B 8 layers EP2 -> TP2", _MOE, _EP2, Engines(2), (LINKS, "peer" + NO_VERIFY, *OTHERS), layers=8),
 )
 
 _TWO: tuple[Case, ...] = tuple(
     replace(case, stand_in=True)
     for case in (
-        Case("30B 1 -> first of TP2", _MOE, _ONE, _HALF, (*MOST, "auto", *M2N)),
-        Case("0.6B 1 -> first of TP2", _TINY, _ONE, _HALF, MOST),
-        Case("4B 1 -> first of TP2", _DENSE, _ONE, _HALF, (*MOST, *M2N)),
+        Case("30B 1 -> first of TP2", _MOE, _ONE, _FIRST_OF_TWO, EVERY, profile=True),
+        Case("0.6B 1 -> first of TP2", _TINY, _ONE, _FIRST_OF_TWO, MOST, profile=True),
+        Case("4B 1 -> first of TP2", _DENSE, _ONE, _FIRST_OF_TWO, EVERY, profile=True),
         Case("30B 1 -> 1", _MOE, _ONE, Engines(1), MOST),
-        Case("30B EP2 -> TP2 over one link", _MOE, _EP2, Engines(2), (LINKS, *PEER), shared=True),
-        Case(
-            "30B EP2 TP2 -> TP2 over one link", _MOE, replace(_EP2, tensor=2), Engines(2), (LINKS, *PEER), shared=True
-        ),
-        Case("30B PP2 -> TP2 over one link", _MOE, Parallel(2, pipeline=2), Engines(2), (LINKS, *PEER), shared=True),
+        Case("30B EP2 -> TP2 over one link", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER), shared=True),
+        Case("30B PP2 -> TP2 over one link", _MOE, _PP2, _TWO_RANKS, (LINKS, *PEER), shared=True),
         Case("4B 1 -> 3 replicas over one link", _DENSE, _ONE, Engines(1, 3), (LINKS, *PEER), shared=True),
-        Case("30B 2 layers 1 -> first of TP2", _MOE, _ONE, _HALF, (LINKS, *PEER, "broadcast", "golden"), layers=2),
-        Case("30B 8 layers 1 -> first of TP2", _MOE, _ONE, _HALF, (LINKS, "peer" + NO_VERIFY, *OTHERS), layers=8),
+        Case("30B 1 -> first of TP2 by vLLM", _MOE, _ONE, _FIRST_OF_TWO, (LINKS, "vllm")),
+        Case("30B 2 layers 1 -> 1", _MOE, _ONE, Engines(1), (LINKS, *PEER, "broadcast", "golden"), layers=2),
+        Case("30B 8 layers 1 -> 1", _MOE, _ONE, Engines(1), (LINKS, PEER[0], "vllm", "checkpoint-engine"), layers=8),
     )
 )
 

@@ -245,7 +245,7 @@ class Rank:
             log.info("connected and planned in %.2f s\n%s", ready_s, plan.describe())
             reports, wrong, peak = self.refits(held, variant, meeting, session.refit)
             memory = before - self.free_memory()
-            profile = self._profiled(held, meeting, session) if self.options.profile else {}
+            profile = self._profiled(held, meeting, session) if held.case.profile else {}
         finally:
             session.close()
         return Said.of(reports, wrong, ready_s, peak, memory, profile)

@@ -38,14 +38,15 @@ def test_variants_of_one_run_and_one_that_fails(tmp_path: Path) -> None:
     for name in ("peer", "broadcast no verify", "gloo"):
         row = by_variant[name]
         assert row["bit_exact"] and row["verified"] == (name in ("peer", "gloo")) and row["seconds_median"] > 0
-    first = (tmp_path / "rows.jsonl").read_text()
-    code, rows, _ = bench(tmp_path, *TINY, "--resume", "--variants", "peer,golden")
-    assert code == 1  # the row that failed stays
-    text = (tmp_path / "rows.jsonl").read_text()
-    assert text.startswith(first) and [json.loads(line)["variant"] for line in text[len(first) :].splitlines()] == [
-        "golden"
+    options = bench_refit.parser().parse_args(
+        ["--device", "cpu", *TINY, "--variants", "peer,golden", "--out", str(tmp_path), "--resume"]
+    )
+    again = bench_refit.Run(options, bench_refit.chosen(options))
+    assert list(again.todo().values()) == [["golden"]] and again.rows() == [
+        {key: row[key] for key in kept} for row, kept in zip(rows, again.rows(), strict=True)
     ]
-    assert rows[-1]["variant"] == "golden" and rows[-1]["bit_exact"]
+    options.resume = False
+    assert list(bench_refit.Run(options, again.cases).todo().values()) == [["peer", "golden"]]
 
 
 @pytest.fixture
