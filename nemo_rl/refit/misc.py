@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from nemo_rl.refit.digest import Ledger
@@ -63,9 +62,8 @@ def unpack(plan: RefitPlan, buffer: MiscBuffer, memory: torch.Tensor) -> dict[st
 class RootSink:
     """The root's landing: a unit is a packed buffer, which leaves as a broadcast when it is whole."""
 
-    def __init__(self, plan: RefitPlan, channel: Channel, device: torch.device, deadline_s: float) -> None:
-        self._plan, self._channel, self._device = plan, channel, device
-        self._end = time.monotonic() + deadline_s
+    def __init__(self, plan: RefitPlan, channel: Channel, device: torch.device, end: float) -> None:
+        self._plan, self._channel, self._device, self._end = plan, channel, device, end
         self._row = {fqn: i for i, fqn in enumerate(plan.misc_fqns)}
         self._open: dict[int, torch.Tensor] = {}
         self._count = len(plan.misc_buffers)
@@ -88,39 +86,37 @@ class RootSink:
 
 
 class Receiver:
-    """A generator's end: yields whole tensors as buffers arrive and keeps the digests of what arrived."""
+    """A generator's end: receives buffers of whole tensors and keeps the digests of what arrived.
+
+    Args:
+        end: deadline (monotonic).
+    """
 
     def __init__(
-        self, plan: RefitPlan, rank: int, channel: Channel, device: torch.device, deadline_s: float, verify: bool
+        self, plan: RefitPlan, rank: int, channel: Channel, device: torch.device, end: float, verify: bool
     ) -> None:
         self._plan, self._rank, self._channel, self._verify = plan, rank, channel, verify
-        self._device = device
-        self._end = time.monotonic() + deadline_s
+        self._device, self._end = device, end
         self.ledger = Ledger(len(plan.misc))
-        self.staging_bytes = 0
         self.received_bytes = 0
-        self.exhausted = False
+        self._copies: dict[str, list[int]] = {}
+        for index, tensor in enumerate(plan.misc.tensor.tolist()):
+            self._copies.setdefault(plan.names[tensor], []).append(index)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All misc tensors in plan order; a tensor's memory is reused after its buffer's last tensor."""
-        largest = max((b.num_bytes for b in self._plan.misc_buffers), default=0)
-        self.staging_bytes = largest
-        for buffer in self._plan.misc_buffers:
-            memory = torch.empty(buffer.num_bytes, dtype=torch.uint8, device=self._device)
-            if buffer.num_bytes:  # a buffer of empty tensors does not travel
-                broadcast(self._plan, self._channel, self._rank, buffer, memory, self._end)
-            self.received_bytes += buffer.num_bytes
-            tensors = unpack(self._plan, buffer, memory)
-            if self._verify:
-                self._digest(tensors)
-            yield from tensors.items()
-            del memory, tensors  # before the next buffer is made
-        self.exhausted = True
+    def receive(self, buffer: MiscBuffer) -> dict[str, torch.Tensor]:
+        """The tensors of `buffer`, the next one in plan order. Raises TransferError as `broadcast`."""
+        memory = torch.empty(buffer.num_bytes, dtype=torch.uint8, device=self._device)
+        if buffer.num_bytes:  # a buffer of empty tensors does not travel
+            broadcast(self._plan, self._channel, self._rank, buffer, memory, self._end)
+        self.received_bytes += buffer.num_bytes
+        tensors = unpack(self._plan, buffer, memory)
+        if self._verify:
+            self._digest(tensors)
+        return tensors
 
     def _digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        copies = self._plan.misc
-        ids = [i for i, name in enumerate(self._plan.names) if name in tensors]
-        for index in np.flatnonzero(np.isin(copies.tensor, ids)).tolist():
-            region = self._plan.region(copies, index)
-            full = tensors[self._plan.names[copies.tensor[index]]]
-            self.ledger.take(index, full[region.slices_in(Region.whole(tuple(full.shape)))], region)
+        for fqn, full in tensors.items():
+            whole = Region.whole(tuple(full.shape))
+            for index in self._copies.get(fqn, ()):
+                region = self._plan.region(self._plan.misc, index)
+                self.ledger.take(index, full[region.slices_in(whole)], region)

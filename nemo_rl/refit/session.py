@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from nemo_rl.refit import misc
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.cost import Demand, Links
@@ -19,6 +19,7 @@ from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sou
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
+from nemo_rl.refit.lane import Lane
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
@@ -67,6 +68,7 @@ class _Agreed:
     pipeline: Pipeline
     choice: Choice
     mover: Mover
+    lane: Lane
 
 
 class RefitSession:
@@ -168,10 +170,22 @@ class RefitSession:
             verifier = Verifier(plan, self.rank, said.sources, self._device) if self.options.verify else None
             own = declarations.get(self.rank)
             arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)
+            lane = self._open_lane(plan, choice.transport)
             self._agreed_or_none = _Agreed(
-                plan, said.sources, declarations, verifier, arrivals, pipeline, choice, mover
+                plan, said.sources, declarations, verifier, arrivals, pipeline, choice, mover, lane
             )
         return plan
+
+    def _open_lane(self, plan: RefitPlan, transport: Transport) -> Lane:
+        """Beside bulk, unless both would give a GPU kernels of NCCL, which may wait for each other in two orders."""
+        link, options, given = self._link, self.options, self._given_channel is not None
+        beside = transport.one_sided or (self._device.type == "cpu" and not (given and self.world.shared))
+        channel = link.channel
+        if plan.misc_fqns and beside and not transport.one_sided and not given:
+            store = dist.PrefixStore("lane", link.control.store)
+            channel = open_channel(self._device, store, self.rank, self.world.size, options.deadline_s)
+        messages = Pipeline(plan, self.rank, channel, options.num_streams, self._device)
+        return Lane(plan, self.rank, messages, beside, options.verify)
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
         layout = None
@@ -248,12 +262,13 @@ class RefitSession:
         (_, first), self._prepared = self._prepared, None
         with self._guarded("begin"):
             self._begin(version)
+            self._agreed.lane.begin(self._src_view, self._data_s)
         with self._guarded("transfer"):
             watch = self._watch(first)
             bulk, tracker = self._move_bulk()
             finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("misc"):
-            packed, whole = self._move_misc()
+            packed, whole = self._agreed.lane.load(self._landing)
             finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("verify"):
             if tracker is not None:
@@ -357,32 +372,6 @@ class RefitSession:
             tracker.pass_empty_units()
         return traffic, tracker
 
-    def _move_misc(self) -> tuple[Traffic, Ledger]:
-        agreed, channel, deadline = self._agreed, self._link.channel, self._data_s
-        if not agreed.plan.misc_fqns:
-            return Traffic(), Ledger(0)
-        if self._landing is not None:
-            receiver = misc.Receiver(agreed.plan, self.rank, channel, self._device, deadline, self.options.verify)
-            self._landing.load_misc(receiver.tensors())
-            if not receiver.exhausted:
-                raise TransferError(
-                    "the engine's loader stopped before the last whole tensor",
-                    rank=self.rank,
-                    phase="misc",
-                    remedy="see the engine's log for what its load_weights did",
-                )
-            return Traffic(0, receiver.received_bytes, receiver.staging_bytes), receiver.ledger
-        if self.rank != agreed.plan.misc_root:
-            return agreed.pipeline.run(agreed.plan.misc, self._src_view, None, deadline), Ledger(0)
-        sink = misc.RootSink(agreed.plan, channel, self._device, deadline)
-        whole = misc.root_layout(agreed.plan)
-        arrivals = Arrivals(agreed.plan, agreed.plan.misc, self.rank, whole)
-        tracker = Tracker(agreed.plan, agreed.plan.misc, arrivals, sink, verify=False)
-        traffic = agreed.pipeline.run(agreed.plan.misc, self._src_view, tracker, deadline)
-        traffic.sent_bytes += sink.sent_bytes
-        traffic.staging_bytes += sink.staging_bytes
-        return traffic, Ledger(0)
-
     def _commit(self, version: int) -> None:
         """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""
         if self._landing is not None:
@@ -442,5 +431,6 @@ class RefitSession:
         """Give up the mover's windows and the channel, which releases peers that wait for this rank."""
         if self._agreed_or_none is not None:
             self._agreed_or_none.mover.close()
+            self._agreed_or_none.lane.close()
         if self._link_or_none is not None:
             self._link_or_none.channel.close()

@@ -83,7 +83,7 @@ def test_a_buffer_that_would_leave_out_of_order_is_a_bug():
     layouts = {0: Layout.from_regions(rows_of(table), table)}
     declared = {1: Declaration(layouts[0], dict.fromkeys(table, "cast"))}
     plan = plan_refit(World.of(1, 1), layouts, declared, table, bucket_bytes=1024)
-    sink = RootSink(plan, InprocChannel(Hub(), 0), torch.device("cpu"), 2.0)
+    sink = RootSink(plan, InprocChannel(Hub(), 0), torch.device("cpu"), time.monotonic() + 2.0)
     for unit in (1, 0):
         sink.open(unit)
     with pytest.raises(AssertionError, match="buffer 1 is whole before buffer 0"):

@@ -1,0 +1,226 @@
+"""Whole tensors on a lane of their own: threads that gather, broadcast and receive them while bulk bytes move.
+
+Why nothing can wait in a circle: bulk never waits for the lane, which has connections, buffers and threads of its own.
+On the lane, trainers send in plan order and wait for the root alone; the root gathers and broadcasts in plan order and
+waits for trainers and generators; a generator receives in plan order and waits for the root and, when its buffers are
+full, for its engine to load what arrived, which begins when its bulk has landed. Engines load on the session's thread,
+so that no module takes bulk bytes and whole tensors at once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+
+import torch
+
+from nemo_rl.refit.base import Landing
+from nemo_rl.refit.device import finish
+from nemo_rl.refit.digest import Ledger
+from nemo_rl.refit.errors import RefitError, TransferError
+from nemo_rl.refit.misc import Receiver, RootSink, root_layout
+from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
+from nemo_rl.refit.plan import RefitPlan
+from nemo_rl.refit.region import Region
+
+_Arrived = dict[str, torch.Tensor] | Exception | None
+_POLL_S = 0.05
+
+
+class Lane:
+    """One rank's part in the whole tensors of a plan, refit after refit.
+
+    Args:
+        messages: over the lane's channel, which the lane closes.
+        beside: run while bulk moves; otherwise after it.
+        verify: keep digests of what arrives.
+    """
+
+    def __init__(self, plan: RefitPlan, rank: int, messages: Pipeline, beside: bool, verify: bool) -> None:
+        self._plan, self._rank, self._messages = plan, rank, messages
+        self._beside, self._verify = beside, verify
+        self._run: _Run | None = None
+
+    def begin(self, src_view: Callable[[int, Region], torch.Tensor], deadline_s: float) -> None:
+        """Start, where that may be; weights stand and engines are closed to requests. `src_view` as for `Mover.run`."""
+        if self._plan.misc_fqns:
+            self._run = _Run(self._plan, self._rank, self._messages, src_view, deadline_s, self._verify)
+            if self._beside:
+                self._run.start()
+
+    def load(self, landing: Landing | None) -> tuple[Traffic, Ledger]:
+        """Give what arrives to the engine, until this rank's part is done: what moved, and digests of what arrived.
+
+        Raises:
+            TransferError: naming whom this rank waited for; or the engine did not take all tensors.
+        """
+        if self._run is None:
+            return Traffic(), Ledger(0)
+        if not self._beside:
+            self._run.start()
+        if landing is not None:
+            landing.load_misc(self._run.tensors())
+            if not self._run.exhausted:
+                raise TransferError(
+                    "the engine's loader stopped before the last whole tensor",
+                    rank=self._rank,
+                    phase="misc",
+                    remedy="see the engine's log for what its load_weights did",
+                )
+        return self._run.finish()
+
+    def close(self) -> None:
+        """Give up connections, and end what runs at its next look; idempotent."""
+        if self._run is not None:
+            self._run.stop()
+        self._messages.channel.close()
+
+
+class _Run:
+    """One refit's.
+
+    Attributes:
+        exhausted: everything was given to whoever iterates over `tensors`.
+    """
+
+    def __init__(
+        self,
+        plan: RefitPlan,
+        rank: int,
+        messages: Pipeline,
+        src_view: Callable[[int, Region], torch.Tensor],
+        deadline_s: float,
+        verify: bool,
+    ) -> None:
+        self._plan, self._rank, self._messages, self._src_view = plan, rank, messages, src_view
+        self._device, self._end = messages.device, time.monotonic() + deadline_s
+        self._patience = self._end + 0.05 * deadline_s  # whoever waits for a thread hears first what that waited for
+        self._receiver = Receiver(plan, rank, messages.channel, self._device, self._end, verify)
+        self._room = threading.Semaphore(2 * messages.num_streams)
+        self._arrived: queue.SimpleQueue[_Arrived] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._failure: Exception | None = None
+        self._traffic = Traffic()
+        self._loaded_bytes = self._most_bytes = (
+            0  # of buffers; the first is the engine's thread's, the other the lane's
+        )
+        self._threads: list[threading.Thread] = []
+        self.exhausted = False
+
+    def start(self) -> None:
+        """What this rank does of it; nothing where no tensor travels whole."""
+        plan, rank = self._plan, self._rank
+        gathers = rank == plan.misc_root or bool((plan.misc.src_rank == rank).any())
+        tasks = [(self._gather, gathers), (self._receive, rank in plan.world.generators and rank != plan.misc_root)]
+        for task, due in tasks:
+            if due and plan.misc_fqns:
+                thread = threading.Thread(target=self._guarded, args=(task, self._stream()), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All whole tensors in plan order, as they arrive; a tensor's memory is given up with its buffer's last one.
+
+        Raises:
+            TransferError: naming whom this rank waited for.
+        """
+        while (arrived := self._next()) is not None:
+            yield from arrived.items()
+            self._loaded_bytes += sum(tensor.nbytes for tensor in arrived.values())
+            del arrived  # before the next buffer is made
+            self._room.release()
+        self.exhausted = True
+
+    def finish(self) -> tuple[Traffic, Ledger]:
+        """What moved, and digests of what arrived, once this rank's part is done. Raises what ended it."""
+        for thread in self._threads:
+            thread.join(max(self._patience - time.monotonic(), 0.0))
+        if self._failure is not None:
+            raise self._failure
+        if any(thread.is_alive() for thread in self._threads):
+            raise self._late()
+        traffic, receiver = self._traffic, self._receiver
+        traffic.received_bytes += receiver.received_bytes
+        traffic.staging_bytes += self._most_bytes + self._messages.staging_bytes
+        return traffic, receiver.ledger
+
+    def stop(self) -> None:
+        """End the threads at their next look; idempotent."""
+        self._stopped.set()
+
+    # ---- on threads of the lane
+
+    def _guarded(self, task: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+        try:
+            with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+                task()
+                finish(self._device, self._end)
+        except Exception as error:
+            self._failure = self._failure or error
+            self._arrived.put(error)
+
+    def _gather(self) -> None:
+        tracker = None
+        if self._rank == self._plan.misc_root:
+            whole = root_layout(self._plan)
+            sink = RootSink(self._plan, self._messages.channel, self._device, self._end)
+            arrivals = Arrivals(self._plan, self._plan.misc, self._rank, whole)
+            tracker = Tracker(self._plan, self._plan.misc, arrivals, sink, verify=False)
+        left = self._end - time.monotonic()
+        self._traffic = self._messages.run(self._plan.misc, self._src_view, tracker, left)
+        if tracker is not None:
+            self._traffic.sent_bytes += sink.sent_bytes
+            self._traffic.staging_bytes += sink.staging_bytes
+
+    def _receive(self) -> None:
+        for buffer in self._plan.misc_buffers:
+            if not self._make_room():
+                return
+            tensors = self._receiver.receive(buffer)
+            self._most_bytes = max(self._most_bytes, self._receiver.received_bytes - self._loaded_bytes)
+            finish(self._device, self._end)
+            self._arrived.put(tensors)
+            del tensors
+        self._arrived.put(None)
+
+    def _make_room(self) -> bool:
+        """Wait until the engine has loaded enough of what arrived; False where nobody will."""
+        while not self._room.acquire(timeout=_POLL_S):
+            if self._stopped.is_set():
+                return False
+            if time.monotonic() > self._end:
+                raise self._late()
+        return not self._stopped.is_set()
+
+    # ---- helpers
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """A stream whose work comes after all that the caller's stream was given."""
+        if self._device.type != "cuda":
+            return None
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        return stream
+
+    def _next(self) -> Mapping[str, torch.Tensor] | None:
+        try:
+            arrived = self._arrived.get(timeout=max(self._patience - time.monotonic(), 0.001))
+        except queue.Empty:
+            raise self._late() from None
+        if isinstance(arrived, Exception):
+            raise arrived
+        if arrived is not None and self._device.type == "cuda":
+            for tensor in arrived.values():  # the allocator must not reuse it while the caller's stream reads
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return arrived
+
+    def _late(self) -> RefitError:
+        return TransferError(
+            f"whole tensors from {self._plan.world.describe(self._plan.misc_root)} were not through in time",
+            rank=self._rank,
+            phase="misc",
+            remedy="look at the logs of the trainers; remake the session",
+        )
