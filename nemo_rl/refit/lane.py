@@ -28,6 +28,7 @@ from nemo_rl.refit.region import Region
 
 _Arrived = dict[str, torch.Tensor] | Exception | None
 _POLL_S = 0.05
+THREAD = "whole tensors"
 
 
 class Lane:
@@ -117,7 +118,7 @@ class _Run:
         tasks = [(self._gather, gathers), (self._receive, rank in plan.world.generators and rank != plan.misc_root)]
         for task, due in tasks:
             if due and plan.misc_fqns:
-                thread = threading.Thread(target=self._guarded, args=(task, self._stream()), daemon=True)
+                thread = threading.Thread(target=self._guarded, args=(task, self._stream()), name=THREAD, daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
