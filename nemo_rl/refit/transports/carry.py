@@ -29,7 +29,7 @@ class Carrier:
         self._mine = schedule.moved_by(rank)
         self._after = _steps_after(schedule, self._mine)
         self._movers = {taker: schedule.movers_to(taker) for taker in schedule.num_steps}
-        self._forwards = {b.giver: {*self._movers[b.giver]} for b in self._mine if b.giver in self._movers}
+        self._forwarders = {b.giver for b in self._mine} & schedule.forwarders
         self._refits = 0
         self._waiting: deque[int] = deque()
         self._running: deque[tuple[int, Done]] = deque()
@@ -76,7 +76,7 @@ class Carrier:
         while self._waiting and len(self._running) < _MOST_RUNNING:
             number = self._waiting[0]
             batch = self._mine[number]
-            if batch.giver in self._forwards and self._seen(batch.giver) <= batch.step:
+            if batch.giver in self._forwarders and self._seen(batch.giver) <= batch.step:
                 return
             starts[number]()
             self._running.append((self._waiting.popleft(), mark()))
@@ -111,7 +111,7 @@ class Carrier:
 
     def _awaited(self) -> Mapping[int, Mapping[int, int]]:
         """Lane -> mover -> what it says in the end: of steps that land here, and of those that are read from here."""
-        lanes = {self._rank} & set(self._movers) | set(self._forwards)
+        lanes = {self._rank} & set(self._movers) | self._forwarders
         lanes |= {b.taker for b in self._schedule.batches if b.giver == self._rank != self._schedule.mover(b)}
         return {
             lane: {m: self._first(lane) + self._schedule.num_steps[lane] for m in self._movers[lane]}

@@ -38,11 +38,13 @@ class Schedule:
         written: takers that givers write to; all others read.
         batches: of the takers of this rank and of the takers that it waits for; in order of turns.
         num_steps: taker -> steps of one refit.
+        forwarders: generators that give what landed in them.
     """
 
     written: Set[int]
     batches: tuple[Batch, ...]
     num_steps: Mapping[int, int]
+    forwarders: Set[int]
 
     @classmethod
     def of(cls, copies: CopyTable, staged: np.ndarray, relay: Relay, written: Set[int], step_bytes: int) -> Schedule:
@@ -64,7 +66,7 @@ class Schedule:
         num_steps: dict[int, int] = {}
         for batch in found:
             num_steps[batch.taker] = max(num_steps.get(batch.taker, 0), batch.step + 1)
-        return cls(written, tuple(sorted(found, key=lambda batch: batch.turn)), num_steps)
+        return cls(written, tuple(sorted(found, key=lambda batch: batch.turn)), num_steps, frozenset(relay.num_steps))
 
     def mover(self, batch: Batch) -> int:
         return batch.giver if batch.taker in self.written else batch.taker

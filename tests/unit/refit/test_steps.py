@@ -1,0 +1,151 @@
+"""Who moves what in which step: each copy once, in an order that pairs ranks, with no wait that goes in a circle."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from nemo_rl.refit.transports.carry import Carrier
+from nemo_rl.refit.transports.peer import _staged
+from nemo_rl.refit.transports.steps import MOST_STEPS, Schedule
+
+from .test_relay import case
+
+STEP_BYTES = 1024
+
+
+class Counters:
+    """A board of one process: what every rank said, by lane."""
+
+    def __init__(self):
+        self.said = {}
+
+    def of(self, rank):
+        board = Counters()
+        board.said, board.rank = self.said, rank
+        return board
+
+    def post(self, value, lane=0):
+        assert value >= self.said.get((self.rank, lane), 0)
+        self.said[self.rank, lane] = value
+
+    def seen(self, rank, lane=0):
+        return self.said.get((rank, lane), 0)
+
+    def until(self, done, awaited, phase, end):
+        while not done():
+            if time.monotonic() > end:
+                raise TimeoutError(phase)
+            time.sleep(0)
+
+
+def together(calls):
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def schedules(written, *args, **kwargs):
+    plan, layouts, relay = case(*args, **kwargs)
+    staged = _staged(plan.bulk, layouts)
+    given = relay.applied(plan.bulk)
+    return plan, given, staged, Schedule.of(given, staged, relay, set(layouts) if written else set(), STEP_BYTES)
+
+
+CASES = [
+    ((2, 1, 2, 1), {}),
+    ((4, 1, 4, 1), {}),
+    ((1, 1, 1, 3), {}),
+    ((2, 1, 2, 3), {}),
+    ((2, 2, 2, 2), {"units": True}),
+    ((2, 1, 2, 1), {"shared": (1,)}),
+]
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(("args", "kwargs"), CASES)
+def test_every_copy_is_moved_once_by_one_end(args, kwargs, written):
+    _, given, staged, schedule = schedules(written, *args, **kwargs)
+    moved = np.concatenate([b.indices for b in schedule.batches])
+    assert sorted(moved.tolist()) == np.flatnonzero(~staged).tolist() and len(moved)
+    for batch in schedule.batches:
+        assert set(given.src_rank[batch.indices]) == {batch.giver}
+        assert set(given.dst_rank[batch.indices]) == {batch.taker}
+        assert schedule.mover(batch) == (batch.giver if written else batch.taker)
+        assert 0 <= batch.step < schedule.num_steps[batch.taker]
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_are_paired_at_every_turn(size, written):
+    """As many trainers as generators, all of which have to do with each other: one peer a rank at a time."""
+    _, _, _, schedule = schedules(written, size, 1, size, 1)
+    first = {}
+    for batch in schedule.batches:
+        first.setdefault(batch.turn[0], set()).add((batch.giver, batch.taker))
+    assert len(first) == size
+    for pairs in first.values():
+        assert len(pairs) == len({g for g, _ in pairs}) == len({t for _, t in pairs}) == size
+    assert max(schedule.num_steps.values()) <= MOST_STEPS * size
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(("args", "kwargs"), CASES)
+def test_all_steps_land_in_order_refit_after_refit(args, kwargs, written):
+    """Carriers of all ranks on one thread, in turns; a giver that forwards has what it gives."""
+    plan, _, _, schedule = schedules(written, *args, **kwargs)
+    counters, ranks = Counters(), range(plan.world.size)
+    carriers = [Carrier(counters.of(rank), schedule, rank) for rank in ranks]
+    for _ in range(3):
+        landed = {rank: [] for rank in ranks}
+        parts = [set() for _ in ranks]
+
+        def begin(batch, landed=landed, parts=parts):
+            if batch.giver not in plan.world.trainers:
+                held = parts[batch.giver]
+                givers = {b.giver for b in schedule.batches if (b.taker, b.step) == (batch.giver, batch.step)}
+                assert {(batch.step, giver) for giver in givers} <= held, "a forwarder has the step that it gives"
+            parts[batch.taker].add((batch.step, batch.giver))
+
+        def refit(rank, begin=begin, landed=landed):
+            starts = [lambda b=b: begin(b) for b in schedule.moved_by(rank)]
+            end = time.monotonic() + 10
+            carriers[rank].run(starts, lambda: lambda: True, landed[rank].append, lambda: None, end)
+
+        together([lambda rank=rank: refit(rank) for rank in ranks])
+        assert landed == {rank: list(range(schedule.num_steps.get(rank, 0))) for rank in ranks}
+
+
+def test_a_taker_waits_for_all_of_its_movers():
+    plan, _, _, schedule = schedules(True, 2, 1, 2, 1)
+    counters, landed = Counters(), []
+    assert schedule.movers_to(2) == [0, 1]
+
+    def refit(rank):  # trainer 1 moves nothing
+        starts = [lambda: None for _ in schedule.moved_by(rank)]
+        carrier = Carrier(counters.of(rank), schedule, rank)
+        carrier.run(starts, lambda: lambda: True, landed.append, lambda: None, time.monotonic() + 0.2)
+
+    refit(0)
+    with pytest.raises(TimeoutError):
+        refit(2)
+    assert not landed
+
+
+def test_a_forwarder_that_is_late_holds_up_who_takes_from_it():
+    """The first replica has only some steps; the others get no more than these."""
+    plan, _, _, schedule = schedules(True, 1, 1, 1, 3)
+    counters, started = Counters(), []
+    mine = schedule.moved_by(2)
+    assert [b.giver for b in mine] == [2] * len(mine) and len(mine) > 2
+    counters.of(1).post(0, 2)
+    for mover in schedule.movers_to(2):
+        counters.of(mover).post(2, 2)
+    starts = [lambda n=n: started.append(n) for n in range(len(mine))]
+    with pytest.raises(TimeoutError):
+        Carrier(counters.of(2), schedule, 2).run(
+            starts, lambda: lambda: True, lambda step: None, lambda: None, time.monotonic() + 0.2
+        )
+    assert started == [0, 1]
