@@ -3,9 +3,9 @@
 Real Megatron trainers and real vLLM generators in Ray actors hold a random model of the asked size; each variant gets a
 new session and `--repeat` refits. Prints a table and writes it as JSON.
 
-    python scripts/bench_refit.py                                             # dense, TP2 -> 2 x TP1
-    python scripts/bench_refit.py --family moe --trainers ep=2,tp=2 --generators tp=2
-    python scripts/bench_refit.py --layers 16 --hidden 768 --variants gloo,broadcast --repeat 9
+    python scripts/bench_actors.py                                             # dense, TP2 -> 2 x TP1
+    python scripts/bench_actors.py --family moe --trainers ep=2,tp=2 --generators tp=2
+    python scripts/bench_actors.py --layers 16 --hidden 768 --variants gloo,broadcast --repeat 9
 
 Variants that end in `no verify` have the digests off: beside the same variant with them on, they say what
 verification costs in this run (column "verify": the difference of the medians, and its share of the refit).

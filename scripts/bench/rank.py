@@ -89,6 +89,11 @@ class Held:
             self.plans[key] = plan_refit(*args, **kwargs)
         return self.plans[key]
 
+    def agree(self, meeting: Meeting) -> None:
+        """Go on behind the newest of all ranks: a variant that failed may have left them apart."""
+        said = meeting.say("numbers", [self.weights, self.version])
+        self.weights, self.version = (max(numbers) for numbers in zip(*said, strict=True))
+
     def renew(self) -> None:
         """Other weights in the trainer."""
         self.weights += 1
@@ -104,7 +109,6 @@ class Rank:
 
     Args:
         todo: (case, variants that are still to be run).
-        write: takes rows; called on rank 0 alone.
     """
 
     def __init__(self, options: argparse.Namespace, todo: Sequence[tuple[Case, Sequence[str]]]) -> None:
@@ -204,6 +208,7 @@ class Rank:
     # ---- one variant
 
     def _variant(self, held: Held, variant: str, meeting: Meeting) -> None:
+        held.agree(meeting)
         if variant in OTHERS:
             said: Said = importlib.import_module(OTHERS[variant]).run(self, held, variant, meeting)
         else:

@@ -64,6 +64,16 @@ def test_nobody_waits_for_ever() -> None:
         Meeting(dist.HashStore(), 0, 2, 0.2).meet("refit 3")
 
 
+def test_ranks_that_a_failure_left_apart_go_on_together() -> None:
+    def act(rank: int, store: dist.Store) -> Any:
+        case = Case("c", "small dense", Parallel(1), Engines(1), ())
+        held = Held(case, World.of(1, 1), None, None, {}, {}, weights=3 + rank, version=20 - rank)
+        held.agree(Meeting(store, rank, 2, 10))
+        return held.weights, held.version
+
+    assert together(2, act) == [(4, 20), (4, 20)]
+
+
 def test_weights_differ_from_one_refit_to_the_next_and_the_check_follows() -> None:
     """What was right for the old weights is wrong for the others."""
     case = Case("c", "small dense", Parallel(1), Engines(1), ())
