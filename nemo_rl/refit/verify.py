@@ -12,6 +12,7 @@ landed, or from itself; one that changes behind the second look and behind the l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
+
+_ASK_S = 5e-4  # between two questions to the store whether all trainers ended their first look
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +100,16 @@ class Watch:
         self._first = first
         self._second: Ledger | None = None
         self._held: np.ndarray | None = None
-        self._ticket = control.ticket()
+        self._ticket, self._next_s = control.ticket(), 0.0
 
     def step(self) -> None:
-        """Go on as far as is possible without waiting."""
+        """Go on as far as is possible without waiting; called as often as one likes, it seldom asks the store."""
         if self._first is None or self._second is not None or not self._first.fetched:
             return
         self._say(self._first)
+        if (now := time.monotonic()) < self._next_s:
+            return
+        self._next_s = now + _ASK_S
         if self._control.posted(self._ticket, self._verifier.trainers):
             self._second = self._verifier.look(self._holdings)
 
