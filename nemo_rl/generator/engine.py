@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from nemo_rl.generator.gate import Gate, Laps, pause_parts
 from nemo_rl.generator.options import AdapterConfig, Generated, GeneratorConfig, Outcome, Store
 from nemo_rl.generator.shm import made_since, mapped_shared_memory
-from nemo_rl.generator.stepping import Growing, Stepper
+from nemo_rl.generator.stepping import Growing, Stepper, Weights
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
 from nemo_rl.refit.errors import PoisonedError, RefitError
 
@@ -81,7 +81,13 @@ class VllmEngine:
         """
         self._check_request(prompts, seed)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
-        return self._generate(prompts, n, max_new_tokens, temperature, seeds, stop_token_ids, self._gate.step)
+        try:
+            return self._generate(prompts, n, max_new_tokens, temperature, seeds, stop_token_ids, self._served)
+        except BaseException:
+            with self._gate.step():
+                if self._llm is not None:
+                    self._stepper.drop()
+            raise
 
     def _generate(
         self,
@@ -91,30 +97,29 @@ class VllmEngine:
         temperature: float,
         seeds: Sequence[int | None],
         stop_token_ids: Sequence[int],
-        turn: Callable[[], AbstractContextManager[None]],
+        weights: Weights,
     ) -> list[list[Generated]]:
-        """Answers, each touch of the engine inside a `turn()`."""
+        """Answers, each touch of the engine inside `weights()`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         options: dict[str, Any] = dict(max_tokens=max_new_tokens, temperature=temperature, logprobs=0, ignore_eos=True)
         options |= dict(stop_token_ids=list(stop_token_ids), detokenize=False, output_kind=RequestOutputKind.DELTA)
         params = [[SamplingParams(seed=None if s is None else s + i, **options) for i in range(n)] for s in seeds]
-
-        @contextmanager
-        def weights() -> Iterator[int]:
-            with turn():
-                self._refuse_if_unfit()
-                yield self.weight_version
-
-        try:
-            answers = self._stepper.answer(prompts, params, weights)
-        except BaseException:
-            with turn():
-                if self._llm is not None:
-                    self._stepper.drop()
-            raise
+        answers = self._stepper.answer(prompts, params, weights)
         return [[_generated(growing) for growing in samples] for samples in answers]
+
+    @contextmanager
+    def _served(self) -> Iterator[int]:
+        """The engine for one step, where it serves; the version of its weights."""
+        with self._gate.step():
+            self._refuse_if_unfit()
+            yield self.weight_version
+
+    @contextmanager
+    def _held(self) -> Iterator[int]:
+        """The engine at rest, whatever it refuses to others."""
+        yield self.weight_version
 
     def _refuse_if_unfit(self) -> None:
         if self._llm is None:
@@ -194,7 +199,7 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
         count, size = self._llm.llm_engine.model_config.get_vocab_size(), min(16, self.config.max_model_len - 5)
         prompts = [[(7919 * (i + 1) * (at + 1)) % count for at in range(size)] for i in range(4)]
-        return [answer for (answer,) in self._generate(prompts, 1, 4, 0.0, [None] * 4, (), nullcontext)]
+        return [answer for (answer,) in self._generate(prompts, 1, 4, 0.0, [None] * 4, (), self._held)]
 
     def _compare(self, before: Sequence[Generated]) -> None:
         """Raises RefitError where the probe's answers are not `before`."""
