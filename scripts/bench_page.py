@@ -99,8 +99,25 @@ def table(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     lines = [_line(_HEAD), _line("---" if i == 0 else "---:" for i in range(len(_HEAD)))]
     lines += [_line(_cells(row)) for row in rows if "error" not in row]
+    lines += _choices(rows)
     for row in (row for row in rows if "error" in row):
         lines += ["", f"`{row['variant']}` gave no result: {' '.join(str(row['error']).split())[:300]}"]
+    return lines
+
+
+def _choices(rows: Sequence[Row]) -> list[str]:
+    """What `auto` took, and by how much another transport was faster under the same conditions."""
+    lines = []
+    timed = [row for row in rows if "transport" in row]
+    for row in (row for row in timed if row["variant"].startswith("auto")):
+        others = [r for r in timed if r["verified"] == row["verified"] and not r["variant"].startswith("auto")]
+        if not others:
+            continue
+        best = min(others, key=lambda r: r["seconds_median"])
+        own = next((r for r in others if r["transport"] == row["transport"]), row)
+        more = own["seconds_median"] / best["seconds_median"] - 1
+        said = "the fastest" if own is best else f"{more:.1%} slower than {best['transport']}"
+        lines += ["", f"`{row['variant']}` took {row['transport']}: {said}."]
     return lines
 
 

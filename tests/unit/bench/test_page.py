@@ -68,6 +68,18 @@ def test_a_row_that_was_wrong_says_so(tmp_path: Path) -> None:
     assert "| NO |" in bench_page.part("x", wrong) and "| NO |" not in bench_page.part("x", RESULT)
 
 
+def test_what_auto_took_is_compared_with_the_fastest() -> None:
+    result = copy.deepcopy(RESULT)
+    peer = result["rows"][1]
+    nccl = {**peer, "variant": "nccl", "transport": "nccl", "seconds_median": 0.1}
+    result["rows"] = [peer, nccl, {**nccl, "variant": "auto", "seconds_median": 0.101}]
+    assert "`auto` took nccl: the fastest." in bench_page.part("x", result)
+    result["rows"][2] = {**peer, "variant": "auto"}
+    assert "`auto` took peer: 23.4% slower than nccl." in bench_page.part("x", result)
+    result["rows"][1]["verified"] = False  # not under the same conditions
+    assert "`auto` took peer: the fastest." in bench_page.part("x", result)
+
+
 def test_a_page_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="no line <!-- results -->"):
         bench_page.written("text", {})
