@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError, VerificationError
@@ -168,39 +170,61 @@ def dies_in_the_middle(mover):
     mover._memory.mark = mark
 
 
-def one_rank(rank, world, port, victim, versions):
-    """Three refits; the victim dies in the middle of the steps of the last one. Exit 7: a named error came in time."""
-    source = PlainSource.of(model(TABLE), TABLE, rows(0, 1, 0)) if rank == 0 else None
-    landing = PlainLanding(rows(0, 1, 0), seed=rank) if rank else None
-    session = RefitSession(rank, world, ("127.0.0.1", port), OPTIONS, source, landing)
-    session.connect()
-    session.plan()
-    for version in range(1, versions + 1):
-        if rank == victim and version == versions:
-            dies_in_the_middle(session._agreed.mover)
-        full = model(TABLE, seed=version)
-        if source:
-            source.load(full)
-        if landing:
-            landing.scramble()
-        started = time.monotonic()
-        try:
-            session.refit(version)
-        except RefitError as error:
-            named = f"generator {victim - 1} (rank {victim})" in str(error)
-            kept = landing is None or (landing.version == version - 1 and bool(landing.rejected))
-            return 7 if named and kept and time.monotonic() - started < 5 else 8
-        if landing and wrong_rows(landing, full):
-            return 9
-    return 0
+COMES = 4  # of the process that comes for a dead rank
 
 
-@pytest.mark.parametrize("victim", [1, 2, None])
-def test_a_forwarder_that_dies_ends_the_others_at_once(victim):
-    ranks = Forked(range(4), lambda rank, port: one_rank(rank, World.of(1, 3), port, victim, 3))
-    codes = list(ranks.codes().values())
-    expected = [0] * 4 if victim is None else [-signal.SIGKILL if rank == victim else 7 for rank in range(4)]
-    assert codes == expected
+class OneRank:
+    """A process of 1 trainer -> 3 replicas; plays a session in which the victim dies, and one without it after that."""
+
+    def __init__(self, rank, port):
+        self.rank, world = rank, World.of(1, 3)
+        self.store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+        self.source = PlainSource.of(model(TABLE), TABLE, rows(0, 1, 0)) if rank == 0 else None
+        self.landing = PlainLanding(rows(0, 1, 0), seed=rank) if rank else None
+        self.make = lambda name: RefitSession(
+            rank, world, dist.PrefixStore(name, self.store), OPTIONS, self.source, self.landing
+        )
+
+    def play(self, name, versions, victim=None):
+        """Refits, the last of which ends by the death of `victim`, if any. Raises AssertionError."""
+        session = self.make(name)
+        session.connect()
+        session.plan()
+        for version in versions:
+            if victim == self.rank and version == versions[-1]:
+                dies_in_the_middle(session._agreed.mover)
+            full, started = model(TABLE, seed=version), time.monotonic()
+            if self.source:
+                self.source.load(full)
+            if self.landing:
+                self.landing.scramble()
+            try:
+                session.refit(version)
+            except RefitError as error:
+                assert version == versions[-1] and f"generator {victim - 1} (rank {victim})" in str(error)
+                assert time.monotonic() - started < 5, "long before the deadline"
+                assert not self.landing or (self.landing.version == version - 1 and self.landing.rejected)
+                return
+            assert not self.landing or not wrong_rows(self.landing, full)
+        assert victim is None
+
+    def meet(self):
+        self.store.add("meet", 1)
+        while self.store.add("meet", 0) < 4:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_forwarder_that_dies_ends_the_others_at_once_and_the_next_session_works(victim):
+    def work(number, port):
+        one = OneRank(victim if number == COMES else number, port)
+        if number != COMES:
+            one.play("first", (1, 2, 3), victim)
+        one.meet()
+        one.play("second", (4, 5))
+
+    codes = Forked((*range(4), COMES), work).codes()
+    assert codes == {number: -signal.SIGKILL if number == victim else 0 for number in (*range(4), COMES)}
 
 
 def test_a_forwarder_that_hangs_is_named_at_the_deadline(monkeypatch):
