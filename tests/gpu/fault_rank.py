@@ -134,18 +134,31 @@ class Rank:
         raise AssertionError("a refit with a planted fault went through")
 
     def plant(self, session: RefitSession, mover: Any) -> None:
+        """Act in the middle of what this rank moves, or of what it waits for; damage what landed as soon as it did."""
         act: Callable[[], object] = die if self.options.fault == "killed" else self.damage
-        if self.options.transport == "nccl":
-            if self.landing is None:
-                session._src_view = lambda row, region: die()  # type: ignore[assignment]
-            else:
-                self.landing.open = lambda unit: die()  # type: ignore[assignment]
-        elif self.landing is None:
-            act_at(mover._control, "exchange", 2, act)
-        elif mover._readers:
-            act_at(mover._memory, "mark", mover._relay.num_steps[self.rank] // 2, act)
+        if self.options.transport == "nccl" and self.landing is None:
+            session._src_view = lambda row, region: die()  # type: ignore[assignment]
+        elif self.options.transport == "nccl" and self.landing is not None:
+            self.landing.open = lambda unit: die()  # type: ignore[assignment, method-assign]
+        elif self.landing is not None and self.options.fault == "damaged":
+            self.damage_on_arrival(mover)
+        elif mover._mine:
+            act_at(mover._memory, "mark", max(1, len(mover._mine) // 2), act)
         else:
-            act_at(mover._memory, "wait", 1, act, before=self.options.fault == "killed")
+            act_at(mover._carrier, "_tell", 1, act)
+
+    def damage_on_arrival(self, mover: Any) -> None:
+        carrier, row, copies = mover._carrier, list(TABLE).index(VICTIM), mover._plan.bulk
+        mine = [b for b in carrier._schedule.batches if b.taker == self.rank]
+        step = next(b.step for b in mine if (copies.dst_row[b.indices] == row).any())
+        inner, damaged = carrier._take, []
+
+        def take(landed: Callable[[int], None]) -> None:
+            if not damaged and carrier._seen(self.rank) > step:
+                damaged.append(self.damage())
+            inner(landed)
+
+        carrier._take = take
 
     def damage(self) -> None:
         """One bit of one parameter, while bytes travel; what was started before has landed."""
@@ -170,18 +183,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def act_at(target: Any, name: str, count: int, act: Callable[[], object], before: bool = True) -> None:
-    """Call `act` in the `count`-th call of a method."""
-    inner, calls = getattr(target, name), iter(range(1, 1 << 20))
+def act_at(target: Any, name: str, count: int, act: Callable[[], object]) -> None:
+    """Call `act` before the `count`-th call of a method."""
+    inner, calls = getattr(target, name), iter(range(1, 1 << 30))
 
     def method(*args: Any) -> Any:
-        now = next(calls) == count
-        if now and before:
+        if next(calls) == count:
             act()
-        answer = inner(*args)
-        if now and not before:
-            act()
-        return answer
+        return inner(*args)
 
     setattr(target, name, method)
 
@@ -196,11 +205,9 @@ def main() -> None:
     p.add_argument("--replaces", action="store_true", help="come for a rank that was killed")
     options = p.parse_args()
     if options.transport == "peer":
-        from nemo_rl.refit.transports import peer
+        from nemo_rl.refit.transports.mapped import memory_of
 
-        memory = type(
-            peer.memory_of(torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu"))
-        )
+        memory = type(memory_of(torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")))
         memory.step_bytes = 4 << 20
     Rank(options).run()
     print("ok", flush=True)
