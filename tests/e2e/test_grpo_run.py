@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import ray
 
 from nemo_rl.actors import Actors
 from nemo_rl.cluster import Cluster, ClusterError
-from nemo_rl.config import load_config
+from nemo_rl.config import Config, load_config
 from nemo_rl.driver import stop_token_ids
+from nemo_rl.grpo.data import load_tokenizer
+from nemo_rl.grpo.loop import GrpoLoop
 from nemo_rl.grpo.rollouts import GenerationRequest, SamplingOptions
 from nemo_rl.grpo.warmup import ensure_start_model
 from nemo_rl.topology import topology_of
@@ -168,14 +171,38 @@ def test_a_refused_configuration_starts_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def actors(models: Path) -> Iterator[tuple[Actors, Path]]:
+@contextmanager
+def started(models: Path, *overrides: str) -> Iterator[tuple[Config, Actors, Path]]:
     places = [f"start_model.cache_dir={models}", "policy.refit.deadline_s=20"]
-    config = load_config(DENSE, [*SMALL, *places], {})
+    config = load_config(DENSE, [*SMALL, *places, *overrides], {})
     topology, _ = topology_of(config)
     path = ensure_start_model(config)
     with Cluster(config.cluster, topology, "cpu") as cluster, Actors(config, path, topology, "cpu", cluster) as running:
+        yield config, running, path
+
+
+@pytest.fixture
+def actors(models: Path) -> Iterator[tuple[Actors, Path]]:
+    with started(models) as (_, running, path):
         yield running, path
+
+
+@pytest.mark.slow
+def test_a_generator_killed_in_a_rollout_ends_an_asynchronous_run(models: Path) -> None:
+    with started(models, *AHEAD, "policy.generation.vllm_cfg.max_num_seqs=1") as (config, running, path):
+        trainers, generators, refitter = running.groups(stop_token_ids(path))
+        refitter.connect()
+        killed: list[float] = []
+
+        def record(row: Mapping[str, Any]) -> None:
+            if row["step"] == 2:  # the rollout of step 3 is under way
+                ray.kill(running.generators[1].handle)
+                killed.append(time.monotonic())
+
+        loop = GrpoLoop(config, load_tokenizer(path), trainers, generators, refitter, record)
+        with pytest.raises(ClusterError, match=r"phase 'generate' failed: generator 1 \(rank 3\) died"):
+            loop.run()
+        assert time.monotonic() - killed[0] < 30
 
 
 def test_a_killed_trainer_ends_the_refit_and_nothing_is_served(actors: tuple[Actors, Path]) -> None:
