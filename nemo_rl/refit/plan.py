@@ -70,6 +70,13 @@ class CopyTable:
         mine = np.flatnonzero((self.messages[:, 1] == rank) | (self.messages[:, 2] == rank))
         return [self.message(int(i)) for i in mine]
 
+    @cached_property
+    def message_of(self) -> np.ndarray:
+        """Number of the message that carries each copy."""
+        order = np.argsort(self.messages[:, 3])
+        found: np.ndarray = np.repeat(order, self.messages[order, 4] - self.messages[order, 3])
+        return found
+
     @property
     def num_rounds(self) -> int:
         """Rounds in which some message goes; their numbers have gaps."""

@@ -1,11 +1,11 @@
 """Who gives each copy where generators that hold the same outnumber what trainers' links can feed.
 
-Where every generator reads all it takes from trainers, the busiest trainer sends more than any generator receives as
+Where every generator gets all it takes from trainers, the busiest trainer sends more than any generator receives as
 soon as the model has more replicas among generators than among trainers. Replicas of a generator then form chains: the
-first ones read from the trainers, and each of the others reads from the one before it what has landed there, step by
-step. In every step a rank reads from one rank and is read by one, so that all links are full.
+first ones get it from the trainers, and each of the others gets from the one before it what has landed there, step by
+step. In every step a rank receives from one rank and gives to one, so that all links are full.
 
-What is moved, its order of proof and its digests stay those of the plan; only the place that bytes are read from is
+What is moved, its order of proof and its digests stay those of the plan; only the place that bytes come from is
 another one, in final storage of a rank of the same layout.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 
 from nemo_rl.refit.base import World
 from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.pipeline import IN_PLACE
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 
-IN_PLACE = -1
 MOST_STEPS = 128
 """Of a chain: what its last rank waits for the first step costs a share of `1 / MOST_STEPS` a link of the chain."""
 
@@ -30,9 +30,9 @@ class Relay:
     """Of each copy of a plan's bulk: who gives it, from which of its rows, and when.
 
     Attributes:
-        giver: rank that it is read from: the plan's sender, or a generator in whose final storage it landed before.
+        giver: rank that it comes from: the plan's sender, or a generator in whose final storage it landed before.
         row: of the giver's layout.
-        step: number of the step in which its destination reads it, after its giver finished that step; -1 for what
+        step: number of the step in which it lands, after its giver finished that step; -1 for what
             comes from the plan's sender without steps.
         num_bytes: of the copy.
         num_steps: rank of a chain -> its steps, the same for all ranks of a chain.
@@ -45,30 +45,20 @@ class Relay:
     num_steps: Mapping[int, int]
 
     def applied(self, copies: CopyTable) -> CopyTable:
-        """The copies from where they are read; messages stay those of the plan."""
+        """The copies from where they come; messages stay those of the plan."""
         return replace(copies, src_rank=self.giver, src_row=self.row)
 
-    def givers(self, copies: CopyTable, rank: int) -> list[int]:
-        """Other ranks that `rank` reads from."""
-        found: list[int] = np.unique(self.giver[(copies.dst_rank == rank) & (self.giver != rank)]).tolist()
-        return found
-
-    def readers(self, copies: CopyTable, rank: int) -> list[int]:
-        """Other ranks that read from `rank`."""
-        found: list[int] = np.unique(copies.dst_rank[(copies.dst_rank != rank) & (self.giver == rank)]).tolist()
-        return found
-
     def wire_bytes(self, copies: CopyTable, rank: int) -> tuple[int, int]:
-        """Bytes that `rank` gives to and reads from other ranks."""
+        """Bytes that `rank` gives to and gets from other ranks."""
         far = self.giver != copies.dst_rank
-        given, read = far & (self.giver == rank), far & (copies.dst_rank == rank)
-        return int(self.num_bytes[given].sum()), int(self.num_bytes[read].sum())
+        given, got = far & (self.giver == rank), far & (copies.dst_rank == rank)
+        return int(self.num_bytes[given].sum()), int(self.num_bytes[got].sum())
 
     def describe(self, world: World, copies: CopyTable) -> str:
-        """One line: who reads from which generator."""
+        """One line: who gets what it takes from which generator."""
         forwarded = self.giver != copies.src_rank
         pairs = np.unique(np.column_stack([self.giver, copies.dst_rank])[forwarded], axis=0).tolist()
-        return ", ".join(f"{world.describe(b)} reads from {world.describe(a)}" for a, b in pairs) or "nobody forwards"
+        return ", ".join(f"{world.describe(b)} gets from {world.describe(a)}" for a, b in pairs) or "nobody forwards"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +82,8 @@ def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int) ->
     """
     copies = plan.bulk
     item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)
-    num_bytes, message = copies.sizes.prod(axis=1) * item[copies.tensor], _message_of(copies)
-    groups = _replicas(plan.world, copies, layouts, message)
+    num_bytes, message = copies.sizes.prod(axis=1) * item[copies.tensor], copies.message_of
+    groups = _replicas(plan.world, copies, layouts)
     heads = _num_heads(plan.world, copies, num_bytes, groups, step_bytes)
     giver, row, step = copies.src_rank.copy(), copies.src_row.copy(), np.full(len(copies), -1, np.int32)
     num_steps: dict[int, int] = {}
@@ -109,20 +99,13 @@ def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int) ->
     return Relay(giver, row, step, num_bytes, num_steps)
 
 
-def _message_of(copies: CopyTable) -> np.ndarray:
-    """The message that carries each copy."""
-    order = np.argsort(copies.messages[:, 3])
-    found: np.ndarray = np.repeat(order, copies.messages[order, 4] - copies.messages[order, 3])
-    return found
-
-
-def _replicas(world: World, copies: CopyTable, layouts: Mapping[int, Layout], message: np.ndarray) -> list[_Replicas]:
+def _replicas(world: World, copies: CopyTable, layouts: Mapping[int, Layout]) -> list[_Replicas]:
     """Generators that hold the same and land the same in place; those that train too read their own storage."""
     kinds: dict[int, list[int]] = {}
     for rank in sorted(set(layouts) - set(world.shared)):
         kinds.setdefault(id(layouts[rank]), []).append(rank)
     kinds = {kind: _spread(ranks, copies) for kind, ranks in kinds.items()}
-    in_place, found = _in_place(copies, layouts, message), []
+    in_place, found = _in_place(copies, layouts), []
     for ranks in kinds.values():
         mine = [np.flatnonzero(in_place & (copies.dst_rank == rank)) for rank in ranks]
         boxes = [np.column_stack([copies.dst_row[m], copies.offsets[m], copies.sizes[m]]) for m in mine]
@@ -134,7 +117,7 @@ def _replicas(world: World, copies: CopyTable, layouts: Mapping[int, Layout], me
 
 
 def _spread(ranks: Sequence[int], copies: CopyTable) -> list[int]:
-    """`ranks` so that those which read most from one trainer are apart: the first ones ask different trainers."""
+    """`ranks` so that those which get most from one trainer are apart: the first ones need different trainers."""
     asked: dict[int, list[int]] = {}
     for rank in ranks:
         senders, count = np.unique(copies.src_rank[copies.dst_rank == rank], return_counts=True)
@@ -142,21 +125,21 @@ def _spread(ranks: Sequence[int], copies: CopyTable) -> list[int]:
     return [r for _, r in sorted((turn, r) for readers in asked.values() for turn, r in enumerate(readers))]
 
 
-def _in_place(copies: CopyTable, layouts: Mapping[int, Layout], message: np.ndarray) -> np.ndarray:
+def _in_place(copies: CopyTable, layouts: Mapping[int, Layout]) -> np.ndarray:
     """Which copies are of messages that land in final storage alone."""
     staged = np.zeros(len(copies), bool)
     for rank, layout in layouts.items():
         mine = np.flatnonzero(copies.dst_rank == rank)
         staged[mine] = layout.unit[copies.dst_row[mine]] != IN_PLACE
-    num_staged = np.bincount(message, staged, len(copies.messages))
-    pure: np.ndarray = num_staged[message] == 0
+    num_staged = np.bincount(copies.message_of, staged, len(copies.messages))
+    pure: np.ndarray = num_staged[copies.message_of] == 0
     return pure
 
 
 def _num_heads(
     world: World, copies: CopyTable, num_bytes: np.ndarray, groups: Sequence[_Replicas], step_bytes: int
 ) -> int:
-    """Replicas of each group that read from the trainers; as many as there are where forwarding does not pay."""
+    """Replicas of each group that the trainers give to; as many as there are where forwarding does not pay."""
     most = max((len(g.ranks) for g in groups), default=1)
     far = copies.src_rank != copies.dst_rank
     sent = np.bincount(copies.src_rank[far], num_bytes[far], world.size)

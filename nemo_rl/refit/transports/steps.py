@@ -54,7 +54,7 @@ class Schedule:
             copies: with givers for senders.
             staged: which copies do not land in place; their messages go otherwise.
         """
-        pairing, message = _pairings(copies), _message_of(copies)
+        pairing, message = _pairings(copies), copies.message_of
         plain = np.flatnonzero(np.bincount(message, staged, len(copies.messages))[message] == 0)
         found = [
             batch
@@ -126,10 +126,3 @@ def _pairings(copies: CopyTable) -> np.ndarray:
     numbers: dict[tuple[tuple[int, int], ...], int] = {}
     known = {n: numbers.setdefault(tuple(sorted(rounds[n])), len(numbers)) for n in sorted(rounds)}
     return np.array([known[n] for n in copies.messages[:, 0].tolist()], np.int64)
-
-
-def _message_of(copies: CopyTable) -> np.ndarray:
-    """The message that carries each copy."""
-    order = np.argsort(copies.messages[:, 3])
-    found: np.ndarray = np.repeat(order, copies.messages[order, 4] - copies.messages[order, 3])
-    return found

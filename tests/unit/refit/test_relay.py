@@ -111,7 +111,7 @@ def test_replicas_form_as_many_chains_as_trainers_can_feed(trainers, num_dp, tp,
     assert sent.max() <= max(received.max(), sum(m.num_bytes for m in TABLE.values())) * 1.1
     before = np.array([plan.bulk.wire_bytes(r)[0] for r in range(plan.world.size)])
     assert sent.sum() == before.sum() and before.max() > 1.4 * sent.max()
-    assert "reads from generator 0" in relay.describe(plan.world, plan.bulk)
+    assert "gets from generator 0" in relay.describe(plan.world, plan.bulk)
 
 
 @pytest.mark.parametrize(
