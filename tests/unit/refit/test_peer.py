@@ -8,19 +8,21 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from nemo_rl.refit.base import RefitOptions, World
-from nemo_rl.refit.errors import TransferError, VerificationError
+from nemo_rl.refit.errors import RefitError, TransferError, VerificationError
 from nemo_rl.refit.pipeline import Tracker
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Axis, Form, Jobs, form_of, merged
 from nemo_rl.refit.transports import copy_engine, host_memory, peer
 from nemo_rl.refit.transports.host_memory import HostMemory
 from nemo_rl.refit.transports.mover import Fact
+from nemo_rl.refit.verify import Verifier, Watch
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
 
@@ -296,6 +298,83 @@ def test_batches_that_ran_before_are_looked_at_as_soon_as_they_landed(monkeypatc
     landing.storage = [t.clone() for t in landing.storage]  # other copies are prepared
     raise_any(sim.refit(3))
     assert seen == [False, True, True, False]
+
+
+@pytest.mark.parametrize("puts", [False, True])
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_a_source_that_changes_during_the_transfer(when, puts, monkeypatch):
+    """An optimizer step that races the refit; whatever lands is of one version, or the version is refused."""
+    monkeypatch.setattr(HostMemory, "puts", puts)
+    sim, landing = two_trainers()
+    raise_any(sim.refit(0))
+    movers, changed = [s._agreed.mover for s in sim.sessions], []
+    memory = movers[0 if puts else 2]._memory
+    name = "_write_all" if puts else "_read_all"
+    inner, count = getattr(memory, name), iter(range(99))
+    due = {"before": 0, "between": 0 if puts else 1, "after": 0 if puts else 1}[when]
+
+    def racing(pid, jobs):
+        step = next(count) == due
+        if step and when != "after":
+            change()
+        inner(pid, jobs)
+        if step and when == "after":
+            change()
+
+    def change():
+        for holding in sim.sessions[0]._source.held:
+            holding.view.view(torch.int32).add_(1)
+        changed.append(when)
+
+    # No second look before the bytes went: this is the case in which the looks are far apart.
+    watch = Watch.step
+    monkeypatch.setattr(Watch, "step", lambda self: watch(self) if changed else None)
+    setattr(memory, name, racing)
+    results = sim.refit(1)
+    assert len(changed) == 1
+    text = "trainer 0 (rank 0) held digest"
+    assert isinstance(results[0], VerificationError) and "layers.0 " in str(results[0]) and text in str(results[0])
+    assert all(isinstance(r, RefitError) for r in results.values()) and landing.version == 0 and landing.rejected
+
+
+def test_a_source_that_changes_between_its_looks_and_back_is_caught_by_what_landed(monkeypatch):
+    """Both looks see the same; only what landed differs from it."""
+    sim, landing = two_trainers()
+    memory = sim.sessions[2]._agreed.mover._memory
+    inner, held = memory._read_all, sim.sessions[0]._source.held[0].view.view(torch.int32)
+
+    def flickering(pid, jobs):
+        held.add_(1)
+        inner(pid, jobs)
+        held.sub_(1)
+
+    monkeypatch.setattr(Watch, "step", lambda self: None)
+    memory._read_all = flickering
+    results = sim.refit(0)
+    assert isinstance(results[2], VerificationError) and "layers.0 [0:6, 0:4]: trainer 0 (rank 0) holds" in str(
+        results[2]
+    )
+    assert landing.version == -1 and landing.rejected
+
+
+def test_no_trainer_looks_again_before_all_have_looked(monkeypatch):
+    """Else each trainer could be consistent with itself at another moment, and generators get two versions."""
+    sim, _ = two_trainers()
+    events, look, say, late = [], Verifier.look, Watch._say, time.monotonic() + 0.2
+
+    def slow(watch, first):
+        rank = watch._verifier._rank
+        if rank == 1 and time.monotonic() < late:
+            time.sleep(0.2)
+        events.append(f"said {rank}")
+        return say(watch, first)
+
+    monkeypatch.setattr(Watch, "_say", slow)
+    monkeypatch.setattr(Verifier, "look", lambda v, h: events.append(f"looks {v._rank}") or look(v, h))
+    raise_any(sim.refit(0))
+    first = [events.index(f"said {rank}") for rank in (0, 1)]
+    again = [len(events) - 1 - events[::-1].index(f"looks {rank}") for rank in (0, 1)]
+    assert max(first) < min(again) and sum(e.startswith("looks") for e in events) == 4
 
 
 def test_a_trainer_that_cannot_be_read_is_refused_by_name(monkeypatch):
