@@ -161,6 +161,7 @@ class RefitReport:
     above its start during the refit, the engine's own staging included (None where the kernel does not tell).
     `predictions` are the seconds that the cost model gave each transport that could be taken, without what engines do
     with landed bytes; empty where links were not measured.
+    `engine_copies` and `kernel_launches` are what this rank moved bulk bytes by, where it is counted.
     `pause_s` is how long the refit kept the rank's engine from generating, by parts that add up to the whole.
     """
 
@@ -176,6 +177,8 @@ class RefitReport:
     required_bytes: int = 0
     predictions: Mapping[str, float] = field(default_factory=dict)
     pause_s: Mapping[str, float] = field(default_factory=dict)
+    engine_copies: int = 0
+    kernel_launches: int = 0
 
     @property
     def predicted_s(self) -> float | None:

@@ -34,11 +34,11 @@ TensorTable = dict[str, TensorMeta]
 """fqn -> meta of every tensor that a side knows; iteration order is `natural_order`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Holding:
     """This rank holds `region` of `fqn` in `view`: a strided view of its own storage.
 
-    `view.shape == region.sizes`, axes in the Hugging Face tensor's order.
+    `view.shape == region.sizes`, axes in the Hugging Face tensor's order.  Equal to itself alone.
 
     Raises:
         ValueError: the view's shape is not the region's.

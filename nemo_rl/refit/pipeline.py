@@ -208,11 +208,16 @@ class Tracker:
 
 @dataclass
 class Traffic:
-    """What one rank moved over the wire, and the memory that it took beside the pipeline's slots."""
+    """What one rank moved over the wire, and the memory that it took beside the pipeline's slots.
+
+    Copies of engines and launches of kernels are those that moved it, where its mover counts them.
+    """
 
     sent_bytes: int = 0
     received_bytes: int = 0
     staging_bytes: int = 0
+    engine_copies: int = 0
+    kernel_launches: int = 0
 
 
 @dataclass

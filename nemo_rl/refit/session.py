@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -290,6 +289,8 @@ class RefitSession:
             extra_rss_bytes=memory.extra_bytes,
             required_bytes=self._agreed.plan.required_bytes,
             predictions=self._agreed.choice.predictions,
+            engine_copies=bulk.engine_copies,
+            kernel_launches=bulk.kernel_launches,
         )
         if self.rank == 0 and report.predicted_s is not None:
             seconds = report.total_s, report.predicted_s
@@ -321,7 +322,7 @@ class RefitSession:
             return None
         quiesce(self._device)
         fresh = list(self._source.holdings())
-        if len(fresh) == len(self._holdings) and all(map(operator.is_, fresh, self._holdings)):
+        if fresh == self._holdings:  # the same objects
             return self._digest_source()
         if [(h.fqn, h.region) for h in fresh] != [(h.fqn, h.region) for h in self._holdings]:
             raise AgreementError(

@@ -37,6 +37,7 @@ class CudaMemory:
         self._open: dict[str, int | vmm.Mapped] = {}
         self._engine = CopyEngine(device)
         self.staging_bytes = 0
+        self.num_copies = self.num_launches = 0
 
     def beacon(self) -> str:
         """Handle and place of a tensor that holds a secret, and the secret."""
@@ -108,6 +109,8 @@ class CudaMemory:
         def start() -> None:
             self._lanes = self._lanes or _Lanes(self._device)
             self._lanes.start(parts, ordered)
+            self.num_copies += parts.num_copies
+            self.num_launches += parts.num_launches
 
         return start
 

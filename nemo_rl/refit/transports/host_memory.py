@@ -42,6 +42,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.staging_bytes = 0
+        self.num_copies = self.num_launches = 0  # the processor moves all
 
     def beacon(self) -> str:
         """Where this process holds a secret, and the secret: whoever can read it there can read all its memory."""

@@ -25,11 +25,14 @@ class Memory(Protocol):
         staging_bytes: the most that reads took beside their destinations.
         step_bytes: of copies, take a few times as long as telling another process that they are done.
         puts: writing to others is faster than reading from them.
+        num_copies, num_launches: of engines and of kernels, by which bytes were moved so far.
     """
 
     staging_bytes: int
     step_bytes: int
     puts: bool
+    num_copies: int
+    num_launches: int
 
     def beacon(self) -> str:
         """Where other processes find a piece of this process's memory, and what it says."""

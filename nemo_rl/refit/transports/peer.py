@@ -77,13 +77,15 @@ class Peer:
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming peer, round and parameter."""
         end = time.monotonic() + deadline_s
+        before = self._memory.num_copies, self._memory.num_launches
         self._try_to_show(tracker)
         self._meet(src_view, tracker)
         self._carry(tracker, end)
         if self._staged.any():
             self._take_staged(tracker, end)
         sent, received = self._relay.wire_bytes(copies, self._rank)
-        return Traffic(sent, received, self._memory.staging_bytes)
+        moved = self._memory.num_copies - before[0], self._memory.num_launches - before[1]
+        return Traffic(sent, received, self._memory.staging_bytes, *moved)
 
     def close(self) -> None:
         self._starts = -1, []
