@@ -105,9 +105,8 @@ class _Run:
         self._stopped = threading.Event()
         self._failure: Exception | None = None
         self._traffic = Traffic()
-        self._loaded_bytes = self._most_bytes = (
-            0  # of buffers; the first is the engine's thread's, the other the lane's
-        )
+        self._loaded_bytes = 0  # of buffers; told by the engine's thread
+        self._most_bytes = 0  # at once; told by the lane's
         self._threads: list[threading.Thread] = []
         self.exhausted = False
 

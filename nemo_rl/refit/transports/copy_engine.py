@@ -194,7 +194,7 @@ class CopyEngine:
         if error:
             name = self._library.cudaGetErrorName(error).decode()
             self._library.cudaGetLastError()
-            raise OSError(error, f"a copy of the copy engine failed: {name}")
+            raise OSError(f"a copy of the copy engine failed: {name}")
 
 
 def _fastest(form: Form, num_blocks: int, batched: bool) -> Way:

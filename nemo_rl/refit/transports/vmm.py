@@ -24,7 +24,7 @@ def ask(answer: tuple[Any, ...], what: str) -> tuple[Any, ...]:
     """Results of a CUDA call. Raises OSError where it failed."""
     error, *values = answer
     if int(error) != 0:
-        raise OSError(int(error), f"{what}: {error.name}")
+        raise OSError(f"{what}: {error.name}")
     return tuple(values)
 
 
