@@ -22,7 +22,7 @@ from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Rows, jobs_of
 from nemo_rl.refit.transports import parcels
-from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
+from nemo_rl.refit.transports.lanes import Flight, Lanes, Post, num_lanes
 from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.parcels import Order, Parcel, Rules, groups_of, pairs_of, parcels_of, wire_order
@@ -49,7 +49,7 @@ class Grouped:
     """The mover of one rank; see the module.
 
     Args:
-        lanes: as many as the session has streams; closed with the mover.
+        lanes: `num_lanes` of the session's streams; closed with the mover.
         skip: copies of the plan that travel in another way; none where it is None.
     """
 
@@ -57,6 +57,7 @@ class Grouped:
         self._skip = np.zeros(len(setting.plan.bulk), bool) if skip is None else skip
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
+        self._num_lanes = num_lanes(setting.messages.num_streams)
         self._depth = self._num_slots()
         self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
         self._groups: list[list[Parcel]] | None = None
@@ -128,8 +129,7 @@ class Grouped:
         )
         for dst, told in said.items():
             orders[self._rank, dst] = Order(**unpack(told)[1])
-        lanes = self._setting.messages.num_streams
-        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, lanes, self._limit)
+        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, self._num_lanes, self._limit)
         return groups_of(parcels_of(self._rank, rules, orders))
 
     def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray) -> Order:
@@ -150,7 +150,7 @@ class Grouped:
     def _num_slots(self) -> int:
         """Of a direction."""
         directions = 2 if self._rank in self._world.shared else 1
-        return max(2, min(self._setting.messages.num_streams + SLOTS_AHEAD, STAGING_BYTES // directions // self._limit))
+        return max(2, min(self._num_lanes + SLOTS_AHEAD, STAGING_BYTES // directions // self._limit))
 
     @property
     def _limit(self) -> int:

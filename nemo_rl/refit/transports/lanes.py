@@ -14,6 +14,16 @@ from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.base import Channel, Pending
 from nemo_rl.refit.transports.host_memory import HostMemory
 
+_LEAST = 3
+
+
+def num_lanes(num_streams: int) -> int:
+    """How many lanes parcels go over: no fewer than keep a link full while others begin and end.
+
+    Between two H200s, 64 MiB messages over 1, 2 and 3 lanes reach 337, 354 and 363 GB/s, of 366 with 1 GiB messages.
+    """
+    return max(num_streams, _LEAST)
+
 
 @dataclass(frozen=True, slots=True)
 class Post:

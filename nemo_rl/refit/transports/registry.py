@@ -25,7 +25,7 @@ from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
 from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.hardware import gpu_of, hardware_of
-from nemo_rl.refit.transports.lanes import HostLanes, Lanes
+from nemo_rl.refit.transports.lanes import HostLanes, Lanes, num_lanes
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 
@@ -63,7 +63,9 @@ def _own_gpus(facts: Facts) -> str | None:
 
 def _lanes(setting: Setting) -> Lanes:
     channel = setting.messages.channel
-    return channel.lanes(setting.messages.num_streams) if isinstance(channel, NcclChannel) else HostLanes(channel)
+    if not isinstance(channel, NcclChannel):
+        return HostLanes(channel)
+    return channel.lanes(num_lanes(setting.messages.num_streams))
 
 
 def _grouped(setting: Setting) -> Grouped:
