@@ -64,9 +64,10 @@ class Carrier:
         def done() -> bool:
             self._start(starts, mark)
             self._tell()
-            self._take(landed)
+            over = not self._waiting and not self._running and not self._late()
+            self._take(landed)  # behind the look that ends it: what is said in between lands too
             idle()
-            return not self._waiting and not self._running and not self._late()
+            return over
 
         self._board.until(done, self._awaited(), "transfer", end)
         self._refits += 1

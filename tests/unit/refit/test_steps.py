@@ -134,6 +134,18 @@ def test_a_taker_waits_for_all_of_its_movers():
     assert not landed
 
 
+def test_what_is_said_at_the_last_moment_lands_too():
+    _, _, _, schedule = schedules(True, 1, 1, 1, 1)
+    counters, landed = Counters(), []
+    last = schedule.num_steps[1]
+
+    def idle():  # the mover ends behind this rank's look at what landed
+        counters.of(0).post(last, 1)
+
+    Carrier(counters.of(1), schedule, 1).run([], lambda: lambda: True, landed.append, idle, time.monotonic() + 5)
+    assert landed == list(range(last))
+
+
 def test_a_forwarder_that_is_late_holds_up_who_takes_from_it():
     """The first replica has only some steps; the others get no more than these."""
     plan, _, _, schedule = schedules(True, 1, 1, 1, 3)
