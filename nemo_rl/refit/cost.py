@@ -161,13 +161,14 @@ class Demand:
             device: the kind that tensors are on.
         """
         load = Load.of(self)
-        always = _MEETINGS * links.meet_s + (_verify_s(load, links) if verify else 0.0)
+        always = _MEETINGS * links.meet_s
         channel = "nccl" if device == "cuda" else "gloo"  # what carries whole tensors
         found = {}
         for name, giver in givers.items():
             rates = links.rates[name]
             moving = (load if giver is None else Load.of(self, giver)).transfer_s(rates)
             found[name] = always + moving + _misc_s(self.plan, links.rates.get(channel, rates))
+            found[name] += _verify_s(load, links, rates.overlaps) if verify else 0.0
         return found
 
 
@@ -180,13 +181,18 @@ def _misc_s(plan: RefitPlan, rates: Rates) -> float:
     return rates.start_s + started + plan.misc_bytes * steps / rates.short_bytes_per_s
 
 
-def _verify_s(bulk: Load, links: Links) -> float:
-    """Trainers look before and after; what landed is read while they look again."""
+def _verify_s(bulk: Load, links: Links, overlaps: bool) -> float:
+    """Trainers look before and after, and what landed is read once.
+
+    Beside a transfer, all but one look is hidden; otherwise what landed is read while trainers look again.
+    """
 
     def look(ranks: np.ndarray) -> float:
         num_bytes, pieces = bulk.busiest(ranks)
         return num_bytes / links.digest_bytes_per_s + pieces * links.digest_piece_s
 
+    if overlaps:
+        return max(look(bulk.src), look(bulk.dst))
     return look(bulk.src) + max(look(bulk.src), look(bulk.dst))
 
 

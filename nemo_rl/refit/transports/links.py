@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -29,8 +29,11 @@ from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.base import Channel
+from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
 from nemo_rl.refit.transports.mover import Facts, Setting, Transport
+from nemo_rl.refit.transports.nccl import NcclChannel
 from nemo_rl.refit.transports.registry import open_channel
 
 log = logging.getLogger(__name__)
@@ -62,14 +65,20 @@ class Probe:
         return [Region((i * self.rows, 0, 0), sizes) for i in range(self.count)]
 
 
-def probes_of(kind: str, bucket_bytes: int) -> dict[str, Probe]:
-    """What is moved on devices of `kind`: in a few messages, or in many of next to nothing."""
-    scale, count, small = (16, 256, 2048) if kind == "cuda" else (1, 64, 2048)
-    long, short = (min(scale * size, count * bucket_bytes) for size in (16 << 20, 4 << 20))
+def probes_of(kind: str, bucket_bytes: int, free_bytes: int | None = None) -> dict[str, Probe]:
+    """What is moved on devices of `kind` that have `free_bytes`.
+
+    Long and short runs in two sizes: what the larger takes longer is the price of its bytes alone.
+    """
+    count, small, row = (256, 2048, 1536) if kind == "cuda" else (64, 2048, 1536)
+    most = min((768 << 20) if kind == "cuda" else (24 << 20), count * bucket_bytes)
+    most = max(min(most, most if free_bytes is None else free_bytes // 8), 3 * small)
     return {
         "start": Probe(1, 1, small, 1, bucket_bytes),
-        "run": Probe(1, max(long // small, 1), small, 1, bucket_bytes),
-        "short": Probe(1, short // 1536, 1536, 2, bucket_bytes),
+        "run": Probe(1, most // small, small, 1, bucket_bytes),
+        "third of run": Probe(1, most // 3 // small, small, 1, bucket_bytes),
+        "short": Probe(1, most // row, row, 2, bucket_bytes),
+        "third of short": Probe(1, most // 3 // row, row, 2, bucket_bytes),
         "copies": Probe(count, 1, small, 1, bucket_bytes),
         "messages": Probe(count, 1, small, 1, small),
     }
@@ -97,7 +106,8 @@ def learn(
     if verdict != "measure":
         return Links.from_json(verdict) if verdict else None
     started = time.monotonic()
-    links = measure(control, transports, options, device)
+    free = [fact.free_bytes for fact in facts.values() if fact.free_bytes is not None]
+    links = measure(control, transports, options, device, min(free, default=None))
     if control.rank == 0:
         cache.keep(links)
         log.info("links measured in %.2f s: %s", time.monotonic() - started, links.to_json())
@@ -152,19 +162,67 @@ class Cache:
                 beside.unlink(missing_ok=True)
 
 
-def measure(control: Control, transports: Sequence[Transport], options: RefitOptions, device: torch.device) -> Links:
-    """Measure every one of `transports`; all ranks call it."""
-    store = dist.PrefixStore("links", control.store)
-    channel = open_channel(device, store, control.rank, control.world.size, control.deadline_s)
+def measure(
+    control: Control,
+    transports: Sequence[Transport],
+    options: RefitOptions,
+    device: torch.device,
+    free_bytes: int | None = None,
+) -> Links:
+    """Measure every one of `transports` with at most a part of `free_bytes`; all ranks call it."""
+    channel = _open(control, device)
+    probes = probes_of(device.type, options.bucket_bytes, free_bytes)
     try:
-        rates = {t.name: _rates(_Runner(control, t, options, device, channel)) for t in transports}
+        rates = {}
+        for transport in transports:
+            runner = _Runner(control, transport, options, device, channel)
+            found = {name: runner.run(probe) for name, probe in probes.items()}
+            rates[transport.name] = fit(found, one_sided=transport.one_sided, overlaps=device.type == "cuda")
     finally:
         channel.close()
-    digest_s, piece_s = _digest_rates(control, device)
-    links = Links(rates, digest_s, piece_s, _meet_s(control))
+    links = Links(rates, *_digest_rates(control, device), _meet_s(control))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # engines and trainers count on this memory
     return links
+
+
+def _open(control: Control, device: torch.device) -> Channel:
+    ends = dist.PrefixStore("links", control.store), control.rank, control.world.size, control.deadline_s
+    return open_channel(device, *ends) if device.type == "cpu" else _OneSetOfLanes(*ends, device)
+
+
+class _OneSetOfLanes(NcclChannel):
+    """Communicators take long to make: the movers of all probes borrow the same."""
+
+    _kept: Lanes | None = None
+
+    def lanes(self, count: int) -> Lanes:
+        self._kept = self._kept or super().lanes(count)
+        return _Lent(self._kept)
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        super().close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """Lanes that stay open when their borrower closes them."""
+
+    own: Lanes
+
+    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
+        return self.own.exchange(lane, sends, recvs)
+
+    def prepare(self, jobs: Jobs) -> Callable[[], None]:
+        return self.own.prepare(jobs)
+
+    def finish(self, end: float, look: Callable[[], None]) -> None:
+        self.own.finish(end, look)
+
+    def close(self) -> None:
+        return None
 
 
 class _Runner:
@@ -275,41 +333,42 @@ def _views(layout: Layout, device: torch.device, backwards: bool = False) -> dic
     return {i: whole[len(layout) - 1 - i if backwards else i] for i in range(len(layout))}
 
 
-def _rates(runner: _Runner) -> Rates:
-    """Fitted to probes of one kind each."""
-    cuda, one_sided = runner.device.type == "cuda", runner.transport.one_sided
-    probes = probes_of(runner.device.type, runner.bucket_bytes)
-    found = {name: runner.run(probe) for name, probe in probes.items()}
-    return fit(found, one_sided=one_sided, overlaps=cuda)
-
-
 def fit(found: Mapping[str, tuple[Load, float]], *, one_sided: bool, overlaps: bool) -> Rates:
     """Rates that explain each probe of `probes_of` (its load, its seconds)."""
     start_s = found["start"][1]
-    beyond = {name: max(seconds - start_s, _TINY) for name, (_, seconds) in found.items()}
-    speed = {name: found[name][0].span(found[name][0].num_bytes) / beyond[name] for name in ("run", "short")}
-    rates = replace(_UNIT, start_s=start_s, run_bytes_per_s=speed["run"], one_sided=one_sided, overlaps=overlaps)
-    rates = replace(rates, short_bytes_per_s=min(speed["short"], speed["run"]))
+    spans = {name: (load.span(load.num_bytes), seconds) for name, (load, seconds) in found.items()}
+    run, short = (_slope(spans[f"third of {name}"], spans[name]) for name in ("run", "short"))
+    rates = replace(_UNIT, start_s=start_s, run_bytes_per_s=run, one_sided=one_sided, overlaps=overlaps)
+    rates = replace(rates, short_bytes_per_s=min(short, run))
     each = {}
     for name in ("copies", "messages"):
-        load = found[name][0]
+        load, seconds = found[name]
         moving = 0.0 if overlaps else load.transfer_s(replace(rates, start_s=0.0))
-        each[name] = max(beyond[name] - moving, 0.0) / load.span(load.num_copies)
+        each[name] = max(seconds - start_s - moving, 0.0) / load.span(load.num_copies)
     message_s = 0.0 if one_sided else max(each["messages"] - each["copies"], 0.0)
     return replace(rates, copy_s=each["copies"], message_s=message_s)
 
 
+def _slope(small: tuple[float, float], large: tuple[float, float]) -> float:
+    """Bytes a second that explain two runs (bytes, seconds); at most twice what the large one shows as a whole."""
+    more, longer = large[0] - small[0], large[1] - small[1]
+    return more / max(longer, 0.5 * large[1] * more / large[0], _TINY)
+
+
 def _digest_rates(control: Control, device: torch.device) -> tuple[float, float]:
     """(bytes a second, seconds a piece) of digests while all ranks take theirs."""
-    size, count = (256 << 20, 256) if device.type == "cuda" else (4 << 20, 64)
-    one = torch.zeros(size // _DTYPE.itemsize, dtype=_DTYPE, device=device)
-    whole = Region.whole(tuple(one.shape))
-    small = torch.zeros(64, dtype=_DTYPE, device=device)
-    part = Region.whole(tuple(small.shape))
-    long_s = _digest_s(control, Pieces([Piece(0, 0, whole, whole)]), {0: one}, 1)
+    rows, count = (1 << 16, 256) if device.type == "cuda" else (1 << 10, 64)
+    runs = []
+    for size in (rows // 4, rows):
+        one = torch.zeros((size, 2048), dtype=_DTYPE, device=device)
+        whole = Region.whole(tuple(one.shape))
+        runs.append((float(one.nbytes), _digest_s(control, Pieces([Piece(0, 0, whole, whole)]), {0: one}, 1)))
+    speed = _slope(*runs)
+    small, part = torch.zeros(64, dtype=_DTYPE, device=device), Region.whole((64,))
     many = Pieces([Piece(i, i, part, part) for i in range(count)])
     many_s = _digest_s(control, many, {i: small.clone() for i in range(count)}, count)
-    return size / max(long_s, _TINY), max(many_s - long_s if device.type == "cuda" else many_s, 0.0) / count
+    fixed_s = max(runs[1][1] - runs[1][0] / speed, 0.0) if device.type == "cuda" else 0.0
+    return speed, max(many_s - fixed_s, 0.0) / count
 
 
 def _digest_s(control: Control, pieces: Pieces, views: Mapping[int, torch.Tensor], count: int) -> float:

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.nccl_lanes import NcclLanes
 from nemo_rl.refit.transports.own_nccl import make_group
 
@@ -53,7 +54,7 @@ class NcclChannel:
         options.rootRank, options.rootTensor = list(ranks).index(root), 0
         return _Work(self._group(tuple(ranks)).broadcast([buffer], options))
 
-    def lanes(self, count: int) -> NcclLanes:
+    def lanes(self, count: int) -> Lanes:
         """Lanes for parcels; all ranks open them in the same order. Raises TimeoutError where a rank does not come."""
         self._opened += 1
         store = dist.PrefixStore(f"nccl/lanes{self._opened}", self._store)
