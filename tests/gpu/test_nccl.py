@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from nemo_rl.refit.strided import Places
 from nemo_rl.refit.transports import m2n
-
-pytestmark = pytest.mark.gpu(2)
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ("scripts/bench_refit.py", "--device", "cuda", "--cases", "30B 1 -> first of TP2", "--layers", "2")
@@ -28,6 +29,37 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 
+def boxes_of(whole: torch.Tensor) -> list[torch.Tensor]:
+    """Of 4 MiB: a long range, one that is not aligned, and short rows."""
+    parts = whole[: 1 << 20], whole[1 << 20 :][3:100_003], whole[2 << 20 :]
+    return [parts[0].view(1, -1), parts[1].view(1, -1), parts[2].view(-1, 1024)[:, 256:640]]
+
+
+def places_of(boxes: list[torch.Tensor]) -> Places:
+    sizes = np.array([list(box.shape) for box in boxes], np.int64)
+    strides = np.array([list(box.stride()) for box in boxes], np.int64)
+    packed = np.stack([sizes[:, 1], np.ones(len(boxes), np.int64)], axis=1)
+    address = np.array([box.data_ptr() for box in boxes], np.int64)
+    return Places(address, sizes.prod(axis=1), np.ones(len(boxes), np.int64), sizes, strides, packed)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("programs", [3, None])
+def test_few_programs_pack_and_spread_what_all_do(programs: int | None) -> None:
+    from nemo_rl.refit.transports.strided_kernel import StridedBatch
+
+    source, slot, landed = (torch.randint(0, 256, (4 << 20,), dtype=torch.uint8).cuda() for _ in range(3))
+    want, packed = landed.clone(), torch.cat([box.reshape(-1) for box in boxes_of(source)])
+    for here, there in zip(boxes_of(source), boxes_of(want), strict=True):
+        there.copy_(here)
+    out, back = places_of(boxes_of(source)), places_of(boxes_of(landed))
+    for jobs in (out.into(slot.data_ptr()), back.out_of(slot.data_ptr())):
+        StridedBatch(jobs, range(len(jobs)), slot.device, programs).launch(torch.cuda.current_stream())
+    assert torch.equal(slot[: len(packed)], packed)
+    assert torch.equal(landed, want), "every byte of the boxes and none beside"
+
+
+@pytest.mark.gpu(2)
 def test_experts_are_packed_at_the_trainer_and_received_in_place(tmp_path: Path) -> None:
     done = bench("nccl,nccl no verify", tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -36,6 +68,7 @@ def test_experts_are_packed_at_the_trainer_and_received_in_place(tmp_path: Path)
     assert [row["verified"] for row in rows] == [True, False]
 
 
+@pytest.mark.gpu(2)
 def test_m2n_runs_or_says_what_is_missing(tmp_path: Path) -> None:
     done = bench("m2n", tmp_path)
     if missing := m2n.missing():
