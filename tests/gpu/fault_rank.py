@@ -143,14 +143,20 @@ class Rank:
         elif self.landing is not None and self.options.fault == "damaged":
             self.damage_on_arrival(mover)
         elif mover._mine:
-            act_at(mover._memory, "mark", max(1, len(mover._mine) // 2), act)
+            number = len(mover._mine) // 2 if self.options.fault == "killed" else self.number_of(mover._mine, mover)
+            act_at(mover._memory, "mark", max(1, number), act)  # before what this rank moves at that place
         else:
             act_at(mover._carrier, "_tell", 1, act)
 
+    def number_of(self, batches: Any, mover: Any) -> int:
+        """Which of `batches` moves the victim's bytes."""
+        rows = mover._plan.bulk.dst_row
+        return next(n for n, b in enumerate(batches) if (rows[b.indices] == list(TABLE).index(VICTIM)).any())
+
     def damage_on_arrival(self, mover: Any) -> None:
-        carrier, row, copies = mover._carrier, list(TABLE).index(VICTIM), mover._plan.bulk
+        carrier = mover._carrier
         mine = [b for b in carrier._schedule.batches if b.taker == self.rank]
-        step = next(b.step for b in mine if (copies.dst_row[b.indices] == row).any())
+        step = mine[self.number_of(mine, mover)].step
         inner, damaged = carrier._take, []
 
         def take(landed: Callable[[int], None]) -> None:
