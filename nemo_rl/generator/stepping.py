@@ -63,7 +63,8 @@ class Stepper:
                     self._add(growing, version)
         while self._growing:
             with weights() as version:
-                self.step(version)
+                if self._growing:  # a refit that came first may have taken in the last tokens
+                    self.step(version)
         return asked
 
     def _add(self, growing: Growing, version: int) -> None:

@@ -112,7 +112,7 @@ class GrpoLoop:
             loss.truncated_importance_sampling_ratio,
         )
         self._pad = tokenizer.token_to_id(PAD) or 0
-        self._version = self._asked_version = 0
+        self._version = self._asked_version = 0  # committed for sure, and asked for
         self._seconds: dict[str, float] = {}
         self._started_s = time.monotonic()
         self._trained_s = (0.0, 0.0)

@@ -49,6 +49,18 @@ def test_one_gpu_for_both_sides(tmp_path: Path) -> None:
     assert_in_place(run("grpo_qwen3_1gpu", tmp_path), 1e-3)
 
 
+def test_rollouts_one_step_ahead(tmp_path: Path) -> None:
+    """An engine that answers few requests at a time is slower than training: refits come upon its requests."""
+    ahead = ["grpo.async_grpo.enabled=true", "policy.generation.vllm_cfg.max_num_seqs=8"]
+    rows = run("grpo_qwen3_1gpu", tmp_path, *ahead)
+    assert all(r["refit_verified"] and r["overlap_s"] > 0 and r["sample_age_max"] == 1 for r in rows[1:])
+    assert any(r["mixed_version_fraction"] > 0 for r in rows)
+    assert all(r["gen_kl_error"] is None or 0 <= r["gen_kl_error"] < 1e-3 for r in rows)
+    for row in rows:
+        parts = [s for name, s in row.items() if name.startswith("pause_") and name != "pause_to_resume_s"]
+        assert sum(parts) == pytest.approx(row["pause_to_resume_s"])
+
+
 @pytest.mark.gpu(2)
 def test_an_engine_of_two_ranks_on_the_trainers_gpus(tmp_path: Path) -> None:
     shared = ["policy.generation.colocated.enabled=true", "cluster.gpus_per_node=2"]

@@ -115,6 +115,12 @@ def test_each_token_has_the_version_of_the_weights_that_computed_it(ahead: int, 
     assert set(waited.versions) == {7} and engine.salts[str(3)] == "weights 7"
 
 
+@pytest.mark.parametrize("change_at", range(8, 13))
+def test_an_update_may_take_in_the_last_tokens(change_at: int) -> None:
+    grown = answer(Engine(ahead=2, room=3), change_at)
+    assert right(grown) and all(len(g.tokens) == LENGTH for g in grown)
+
+
 def test_what_was_scheduled_ahead_would_get_another_version() -> None:
     """The negative control of `settle`."""
     assert not right(answer(Engine(ahead=1), 6, settle=False))
