@@ -1,0 +1,44 @@
+"""What the loop's handles make of answers and of the configuration, without actors."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_rl.actors import in_flight, summarize_reports
+from nemo_rl.cluster import ClusterError
+from nemo_rl.config import AsyncGrpoConfig, Config, GrpoConfig
+from nemo_rl.refit.base import RefitReport
+
+
+def report(version: int = 4, transport: str = "peer", verified: bool = True, **pause: float) -> RefitReport:
+    phases = {"transfer": 0.1, "verify": sum(pause.values())}
+    return RefitReport(version, transport, verified, 1.0, phases, 100, 10, 5, pause_s=pause)
+
+
+def test_a_summary_tells_the_longest_pause_whole() -> None:
+    """Not the longest of each part, which would add up to a pause that no engine had."""
+    engines = [report(transfer=0.3, begin=0.1), report(transfer=0.2, begin=0.25), report(transfer=0.3, begin=0.05)]
+    summary = summarize_reports([report(), *engines], 1, 2.0)
+    assert summary.pause_s == {"transfer": 0.2, "begin": 0.25} and summary.paused_s == pytest.approx(0.45)
+    assert (summary.bulk_bytes, summary.misc_bytes, summary.staging_bytes, summary.seconds) == (300, 30, 5, 2.0)
+    assert summary.phase_s == {"transfer": 0.1, "verify": pytest.approx(0.45)} and summary.verified
+    assert not summarize_reports([report(), report(verified=False)], 1, 1.0).verified
+
+
+def test_reports_of_different_refits_are_refused() -> None:
+    for other in (report(version=3), report(transport="gloo")):
+        with pytest.raises(ClusterError, match="ranks report different refits"):
+            summarize_reports([report(), other], 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (AsyncGrpoConfig(False, 1, True, True), "refuse"),
+        (AsyncGrpoConfig(True, 1, False, False), "refuse"),
+        (AsyncGrpoConfig(True, 1, True, False), "keep"),
+        (AsyncGrpoConfig(True, 1, True, True), "recompute"),
+    ],
+)
+def test_what_engines_do_with_requests_in_flight(settings: AsyncGrpoConfig, expected: str) -> None:
+    assert in_flight(Config(grpo=GrpoConfig(async_grpo=settings))) == expected
