@@ -167,7 +167,9 @@ class Demand:
         for name, giver in givers.items():
             rates = links.rates[name]
             moving = (load if giver is None else Load.of(self, giver)).transfer_s(rates)
-            found[name] = always + moving + _misc_s(self.plan, links.rates.get(channel, rates))
+            misc = _misc_s(self.plan, links.rates.get(channel, rates))
+            beside = rates.one_sided and rates.overlaps  # both move without the processor
+            found[name] = always + (max(moving, misc) if beside else moving + misc)
             found[name] += _verify_s(load, links, rates.overlaps) if verify else 0.0
         return found
 

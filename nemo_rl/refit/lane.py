@@ -5,6 +5,10 @@ On the lane, trainers send in plan order and wait for the root alone; the root g
 waits for trainers and generators; a generator receives in plan order and waits for the root and, when its buffers are
 full, for its engine to load what arrived, which begins when its bulk has landed. Engines load on the session's thread,
 so that no module takes bulk bytes and whole tensors at once.
+
+On GPUs a kernel of NCCL that waits for its peers may keep others of its process from starting. So the lane runs beside
+bulk only where bulk has no kernels that wait (`peer`), and where there is room for all buffers: then no kernel of the
+lane waits for an engine to load. Otherwise it runs after bulk.
 """
 
 from __future__ import annotations
@@ -29,6 +33,11 @@ from nemo_rl.refit.region import Region
 _Arrived = dict[str, torch.Tensor] | Exception | None
 _POLL_S = 0.05
 THREAD = "whole tensors"
+
+
+def room(num_streams: int) -> int:
+    """Buffers that a generator holds until its engine has loaded them, at most."""
+    return 2 * num_streams
 
 
 class Lane:
@@ -100,7 +109,7 @@ class _Run:
         self._device, self._end = messages.device, time.monotonic() + deadline_s
         self._patience = self._end + 0.05 * deadline_s  # whoever waits for a thread hears first what that waited for
         self._receiver = Receiver(plan, rank, messages.channel, self._device, self._end, verify)
-        self._room = threading.Semaphore(2 * messages.num_streams)
+        self._room = threading.Semaphore(room(messages.num_streams))
         self._arrived: queue.SimpleQueue[_Arrived] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._failure: Exception | None = None

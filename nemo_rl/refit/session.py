@@ -18,7 +18,7 @@ from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sou
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
-from nemo_rl.refit.lane import Lane
+from nemo_rl.refit.lane import Lane, room
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
@@ -176,9 +176,12 @@ class RefitSession:
         return plan
 
     def _open_lane(self, plan: RefitPlan, transport: Transport) -> Lane:
-        """Beside bulk, unless both would give a GPU kernels of NCCL, which may wait for each other in two orders."""
+        """Beside bulk where that cannot deadlock, with connections of its own where bulk uses the session's."""
         link, options, given = self._link, self.options, self._given_channel is not None
-        beside = transport.one_sided or (self._device.type == "cpu" and not (given and self.world.shared))
+        if self._device.type == "cuda":
+            beside = transport.one_sided and len(plan.misc_buffers) <= room(options.num_streams)
+        else:
+            beside = not (given and self.world.shared)  # simulated ranks pass all their messages through one box a pair
         channel = link.channel
         if plan.misc_fqns and beside and not transport.one_sided and not given:
             store = dist.PrefixStore("lane", link.control.store)

@@ -364,7 +364,7 @@ def _digest_rates(control: Control, device: torch.device) -> tuple[float, float]
         whole = Region.whole(tuple(one.shape))
         runs.append((float(one.nbytes), _digest_s(control, Pieces([Piece(0, 0, whole, whole)]), {0: one}, 1)))
     speed = _slope(*runs)
-    small, part = torch.zeros(64, dtype=_DTYPE, device=device), Region.whole((64,))
+    small, part = torch.zeros((2, 4, 8), dtype=_DTYPE, device=device), Region.whole((2, 4, 8))
     many = Pieces([Piece(i, i, part, part) for i in range(count)])
     many_s = _digest_s(control, many, {i: small.clone() for i in range(count)}, count)
     fixed_s = max(runs[1][1] - runs[1][0] / speed, 0.0) if device.type == "cuda" else 0.0
