@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -204,19 +205,23 @@ class Verifier:
     def changes(self, before: np.ndarray, after: np.ndarray) -> list[str]:
         """Pieces of this rank's source that are not what they were when the refit began."""
         assert self._source is not None
-        return [
-            f"{self._source.fqn(row)} {region}: {self._plan.world.describe(self._rank)} held digest {before[n]} when "
-            f"the refit began and {after[n]} later"
-            for n, (row, region) in enumerate(self._pieces)
-            if before[n] != after[n]
-        ]
+        here, wrong = self._plan.world.describe(self._rank), []
+        for n in np.flatnonzero(before != after).tolist():
+            row, region = self._pieces[n]
+            wrong.append(
+                f"{self._source.fqn(row)} {region}: {here} held digest {before[n]} when the refit began and "
+                f"{after[n]} later"
+            )
+        return wrong
 
     def statements(self, held: np.ndarray) -> dict[int, bytes]:
         """What this trainer says to each rank that compares something with it."""
         everyone = self._plan.world.generators
-        readers = {*self._bulk.peer.tolist(), *self._told.peer.tolist(), *(everyone if len(self._misc.number) else ())}
+        peers = np.union1d(self._bulk.peer, self._told.peer)
+        if len(self._misc.number):
+            peers = np.union1d(peers, everyone)
         said = {}
-        for peer in sorted(readers):
+        for peer in peers.tolist():
             numbers = {
                 "bulk": self._bulk.with_peer(peer),
                 "misc": self._misc.number if peer in everyone else self._misc.number[:0],
@@ -229,7 +234,7 @@ class Verifier:
     def trainers(self) -> tuple[int, ...]:
         return self._plan.world.trainers
 
-    @property
+    @cached_property
     def peers(self) -> tuple[int, ...]:
         """Trainers whose statements this rank compares with what it has."""
         plan = self._plan

@@ -61,15 +61,17 @@ class Carrier:
             first = next(batch.step for batch in self._mine if batch.taker == taker)
             self._board.post(self._first(taker) + first, taker)
 
+        awaited = self._awaited()
+
         def done() -> bool:
             self._start(starts, mark)
             self._tell()
-            over = not self._waiting and not self._running and not self._late()
+            over = not self._waiting and not self._running and not self._late(awaited)
             self._take(landed)  # behind the look that ends it: what is said in between lands too
             idle()
             return over
 
-        self._board.until(done, self._awaited(), "transfer", end)
+        self._board.until(done, awaited, "transfer", end)
         self._refits += 1
 
     def _start(self, starts: Sequence[Callable[[], None]], mark: Callable[[], Done]) -> None:
@@ -103,11 +105,9 @@ class Carrier:
         counts = [self._board.seen(mover, taker) for mover in self._movers[taker]]
         return min(min(counts) - self._first(taker), self._schedule.num_steps[taker])
 
-    def _late(self) -> bool:
+    def _late(self, awaited: Mapping[int, Mapping[int, int]]) -> bool:
         return any(
-            self._board.seen(rank, lane) < value
-            for lane, values in self._awaited().items()
-            for rank, value in values.items()
+            self._board.seen(rank, lane) < value for lane, values in awaited.items() for rank, value in values.items()
         )
 
     def _awaited(self) -> Mapping[int, Mapping[int, int]]:

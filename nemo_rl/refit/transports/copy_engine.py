@@ -27,6 +27,8 @@ _CALL_S = 3.5e-6  # of a copy in a call of its own, beside its bytes
 _PIECE_S, _LEAST_PIECE_S = 0.1e-6, 0.5e-6  # of a piece in a batched call, beside its bytes; and the least in all
 _BATCH = 64  # pieces of a call; the first bytes move while later calls are made
 _NARROW = 768  # bytes of a row below which engines lose speed
+_PROGRAMS = 64
+"""Of a kernel beside engines that move more than it does: the rest of the device is left to digests."""
 _DEVICE_TO_DEVICE = 3
 _STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
 
@@ -153,7 +155,8 @@ class CopyEngine:
         if numbers:
             from nemo_rl.refit.transports.strided_kernel import StridedBatch  # Triton comes with CUDA builds of torch
 
-            batch = StridedBatch(jobs, numbers, self._device)
+            mostly = 2 * sum(jobs.forms[i].num_bytes for i in numbers) > sum(form.num_bytes for form in jobs.forms)
+            batch = StridedBatch(jobs, numbers, self._device, None if mostly else _PROGRAMS)
         launch = None if batch is None else batch.launch
         return Parts(engines, launch, len(blocks) + len(pieces), 0 if batch is None else batch.num_launches)
 

@@ -181,8 +181,8 @@ class _Lanes:
 
     def start(self, parts: Parts, ordered: bool) -> None:
         current = torch.cuda.current_stream(self._device)
-        lanes = (self._kernels, parts.kernel), (self._engines, parts.engines)
-        self._kernels.wait_stream(self._engines)
+        lanes = (self._engines, parts.engines), (self._kernels, parts.kernel)
+        self._kernels.wait_stream(self._engines)  # as they are before this batch
         if len(self._behind) == 2:
             self._engines.wait_event(self._behind[0])
         for stream, begin in lanes:

@@ -61,6 +61,7 @@ class Peer:
         self._layouts: Mapping[End, Layout] = sources | landings
         self._windows = Windows(self._memory, self._rank, self._layouts)
         self._staged = _staged(setting.plan.bulk, setting.landings)
+        self._some_staged = bool(self._staged.any())
         self._board: Board | None = None
         self._arrange(setting.landings)
         self._tried = not (self._memory.puts or self._relay.num_steps)
@@ -81,11 +82,10 @@ class Peer:
         self._try_to_show(tracker)
         self._meet(src_view, tracker)
         self._carry(tracker, end)
-        if self._staged.any():
+        if self._some_staged:
             self._take_staged(tracker, end)
-        sent, received = self._relay.wire_bytes(copies, self._rank)
         moved = self._memory.num_copies - before[0], self._memory.num_launches - before[1]
-        return Traffic(sent, received, self._memory.staging_bytes, *moved)
+        return Traffic(*self._wire_bytes, self._memory.staging_bytes, *moved)
 
     def close(self) -> None:
         self._starts = -1, []
@@ -103,6 +103,7 @@ class Peer:
         written = frozenset(able if memory.puts else ())
         self._schedule = Schedule.of(self._given, self._staged, relay, written, memory.step_bytes)
         self._mine = self._schedule.moved_by(self._rank)
+        self._wire_bytes = relay.wire_bytes(copies, self._rank)
         self._tells, self._hears = self._who_needs_whom()
         if self._board is None:
             self._board = Board.open(self._control, self._world.size)
@@ -154,10 +155,9 @@ class Peer:
         shown = {side for sides in self._tells.values() for side in sides}
         news: dict[Side, bytes] = {}
         if self._rank in self._world.trainers:
-            layout = self._layouts[self._rank, "source"]
-            rows = np.unique(self._plan.bulk.src_row[self._plan.bulk.src_rank == self._rank]).tolist()
-            views = lambda: {row: src_view(row, layout.region(row)) for row in rows}  # noqa: E731
-            news["source"] = self._windows.locate("source", src_view, views, "source" in shown)
+            news["source"] = self._windows.locate(
+                "source", src_view, lambda: self._source_rows(src_view), "source" in shown
+            )
         if tracker is not None and self._lands_in_place:
             held = tracker.rows(IN_PLACE)
             news["landing"] = self._windows.locate("landing", held, lambda: held, "landing" in shown)
@@ -168,6 +168,12 @@ class Peer:
         for rank, told in said.items():
             for side, data in _unpacked(told).items():
                 self._open((rank, side), data)
+
+    def _source_rows(self, src_view: Callable[[int, Region], torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Views of the rows that travel."""
+        layout, copies = self._layouts[self._rank, "source"], self._plan.bulk
+        rows = np.unique(copies.src_row[copies.src_rank == self._rank]).tolist()
+        return {row: src_view(row, layout.region(row)) for row in rows}
 
     def _open(self, end: End, told: bytes) -> None:
         try:
