@@ -82,7 +82,7 @@ class Control:
         Every rank calls in the same order. Raises as `gather`.
         """
         ticket = self.ticket()
-        self.post(ticket, outgoing)
+        self._post(ticket, {str(reader): payload for reader, payload in outgoing.items()})
         said = self.collect(ticket, phase, ranks)
         self.end(ticket)
         return said
@@ -97,7 +97,10 @@ class Control:
 
     def post(self, ticket: int, outgoing: Mapping[int, bytes]) -> None:
         """Give each rank of `outgoing` a payload of its own, and all ranks to know that this one has posted."""
-        for reader, payload in {**{str(r): p for r, p in outgoing.items()}, "": b""}.items():
+        self._post(ticket, {**{str(reader): payload for reader, payload in outgoing.items()}, "": b""})
+
+    def _post(self, ticket: int, payloads: Mapping[str, bytes]) -> None:
+        for reader, payload in payloads.items():
             self.store.set(key := f"{ticket}/{self.rank}/{reader}", payload)
             self._kept.setdefault(ticket, []).append(key)
 
@@ -123,7 +126,7 @@ class Control:
 
     def _await(self, keys: Mapping[int, str], phase: str) -> dict[int, bytes]:
         """Values of `keys`, with pauses that grow with the time waited, so that little of it is lost to them."""
-        started, names, looked = time.monotonic(), list(keys.values()), -_ABORT_S
+        started, names, looked = time.monotonic(), list(keys.values()), 0.0
         while not self.store.check(names):
             waited = time.monotonic() - started
             if waited > looked + _ABORT_S:
