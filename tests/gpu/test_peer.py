@@ -1,4 +1,4 @@
-"""The `peer` transport between processes: any strided box is read out of another process's GPU memory, bit for bit."""
+"""The `peer` transport between processes: any strided box is moved between GPU memory of two of them, bit for bit."""
 
 from __future__ import annotations
 
@@ -43,20 +43,25 @@ def cases() -> list[tuple[list[int], torch.dtype]]:
     return [(shape, rng.choice(DTYPES)) for shape in small + large]
 
 
-def sources() -> list[Any]:
+def owned() -> list[tuple[Any, Any]]:
     rng = random.Random(12)
-    return [random_view(rng, shape, dtype, i)[0] for i, (shape, dtype) in enumerate(cases())]
+    return [random_view(rng, shape, dtype, i) for i, (shape, dtype) in enumerate(cases())]
+
+
+def sources() -> list[Any]:
+    return [view for view, _ in owned()]
 
 
 def owner(connection: Any) -> None:
     from nemo_rl.refit.transports.cuda_memory import CudaMemory
 
-    views = sources()
+    mine = owned()
     memory = CudaMemory(torch.device("cuda", 0))
     torch.cuda.synchronize()
-    windows, where = memory.show(views)
+    windows, where = memory.show([view for view, _ in mine])
     connection.send((memory.beacon(), windows, where))
-    connection.recv()
+    while connection.recv() != "done":
+        connection.send([raw.cpu().numpy() for _, raw in mine])
 
 
 @pytest.mark.parametrize("allocator", ["expandable_segments:False", "expandable_segments:True"])
@@ -105,6 +110,45 @@ def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.Monk
     start()
     memory.wait(time.monotonic() + 20)
     assert all(torch.equal(raw, want) for raw, want in zip(got, expected, strict=True))
+    memory.close()
+    here.send("done")
+    child.join(20)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("allocator", ["expandable_segments:False", "expandable_segments:True"])
+def test_any_box_is_written_into_any_other(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.cuda.init()  # the setting below is for the owner alone
+    torch.zeros(1, device="cuda")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=owner, args=(there,), daemon=True)
+    child.start()
+    assert here.poll(60)
+    _, windows, where = here.recv()
+    memory = CudaMemory(torch.device("cuda", 0))
+    peer, bases = memory.open(windows)
+    rng, expected, forms, addresses, kept = random.Random(14), [], [], [], []
+    for number, (far, raw) in enumerate(owned()):
+        view, whole = random_view(rng, list(far.shape), far.dtype, 2000 + number)
+        item = far.element_size()
+        forms.append(form_of(tuple(far.shape), *(tuple(s * item for s in t.stride()) for t in (view, far)), item))
+        addresses.append((view.data_ptr(), bases[where[number, 0]] + where[number, 1]))
+        kept.append(whole)
+        far.copy_(view)  # here: what the owner's storage is to be
+        expected.append(raw.cpu().numpy())
+    src, dst = np.array(addresses, np.int64).T
+    memory.prepare(peer, Jobs(src, dst, tuple(forms)), put=True, ordered=True)()
+    done, end = memory.mark(), time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end
+    here.send("show")
+    assert here.poll(20)
+    for number, (raw, want) in enumerate(zip(here.recv(), expected, strict=True)):
+        assert np.array_equal(raw, want), (number, cases()[number], forms[number])
     memory.close()
     here.send("done")
     child.join(20)
