@@ -115,7 +115,8 @@ class _Run:
         self._failure: Exception | None = None
         self._traffic = Traffic()
         self._loaded_bytes = 0  # of buffers; told by the engine's thread
-        self._most_bytes = 0  # at once; told by the lane's
+        self._put_bytes = self._most_bytes = 0  # in all and at once; told by the lane's
+        self._delivered = 0  # buffers that a root gave to its own engine
         self._threads: list[threading.Thread] = []
         self.exhausted = False
 
@@ -175,7 +176,8 @@ class _Run:
         tracker = None
         if self._rank == self._plan.misc_root:
             whole = root_layout(self._plan)
-            sink = RootSink(self._plan, self._messages.channel, self._device, self._end)
+            keep = self._keep if self._rank in self._plan.world.generators else None
+            sink = RootSink(self._plan, self._messages.channel, self._device, self._end, keep)
             arrivals = Arrivals(self._plan, self._plan.misc, self._rank, whole)
             tracker = Tracker(self._plan, self._plan.misc, arrivals, sink, verify=False)
         left = self._end - time.monotonic()
@@ -183,26 +185,48 @@ class _Run:
         if tracker is not None:
             self._traffic.sent_bytes += sink.sent_bytes
             self._traffic.staging_bytes += sink.staging_bytes
+            if keep is not None:
+                self._pass_empty(len(self._plan.misc_buffers))
+                self._arrived.put(None)
+
+    def _keep(self, number: int, memory: torch.Tensor) -> None:
+        """A root that generates too gives itself what it has broadcast."""
+        self._pass_empty(number)
+        self._deliver(self._receiver.take(self._plan.misc_buffers[number], memory))
+        self._delivered = number + 1
+
+    def _pass_empty(self, end: int) -> None:
+        """Buffers before `end` that were not delivered have no bytes, and did not travel."""
+        for buffer in self._plan.misc_buffers[self._delivered : end]:
+            self._deliver(self._receiver.receive(buffer))
 
     def _receive(self) -> None:
         for buffer in self._plan.misc_buffers:
-            if not self._make_room():
-                return
-            tensors = self._receiver.receive(buffer)
-            self._most_bytes = max(self._most_bytes, self._receiver.received_bytes - self._loaded_bytes)
-            finish(self._device, self._end)
-            self._arrived.put(tensors)
-            del tensors
+            self._make_room()
+            self._put(self._receiver.receive(buffer))
         self._arrived.put(None)
 
-    def _make_room(self) -> bool:
-        """Wait until the engine has loaded enough of what arrived; False where nobody will."""
+    def _deliver(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._make_room()
+        self._put(tensors)
+
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._put_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._most_bytes = max(self._most_bytes, self._put_bytes - self._loaded_bytes)
+        finish(self._device, self._end)
+        self._arrived.put(tensors)
+
+    def _make_room(self) -> None:
+        """Wait until the engine has loaded enough of what arrived. Raises where nobody will."""
         while not self._room.acquire(timeout=_POLL_S):
-            if self._stopped.is_set():
-                return False
             if time.monotonic() > self._end:
                 raise self._late()
-        return not self._stopped.is_set()
+            self._check()
+        self._check()
+
+    def _check(self) -> None:
+        if self._stopped.is_set():
+            raise RuntimeError("the session ended")
 
     # ---- helpers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -24,7 +24,7 @@ def root_layout(plan: RefitPlan) -> Layout:
 
 def audience(plan: RefitPlan) -> tuple[int, ...]:
     """Ranks of the misc broadcast: the root and every generator."""
-    return (plan.misc_root, *plan.world.generators)
+    return tuple(dict.fromkeys((plan.misc_root, *plan.world.generators)))
 
 
 def broadcast(
@@ -36,6 +36,8 @@ def broadcast(
         TransferError: naming the first tensors of the buffer and the root.
     """
     root = plan.misc_root
+    if audience(plan) == (root,):
+        return
     try:
         channel.broadcast(memory, root, audience(plan)).wait(end - time.monotonic())
     except RuntimeError as error:
@@ -60,10 +62,22 @@ def unpack(plan: RefitPlan, buffer: MiscBuffer, memory: torch.Tensor) -> dict[st
 
 
 class RootSink:
-    """The root's landing: a unit is a packed buffer, which leaves as a broadcast when it is whole."""
+    """The root's landing: a unit is a packed buffer, which leaves as a broadcast when it is whole.
 
-    def __init__(self, plan: RefitPlan, channel: Channel, device: torch.device, end: float) -> None:
-        self._plan, self._channel, self._device, self._end = plan, channel, device, end
+    Args:
+        end: deadline (monotonic).
+        keep: takes each buffer and its memory afterwards, where the root generates too.
+    """
+
+    def __init__(
+        self,
+        plan: RefitPlan,
+        channel: Channel,
+        device: torch.device,
+        end: float,
+        keep: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
+        self._plan, self._channel, self._device, self._end, self._keep = plan, channel, device, end, keep
         self._row = {fqn: i for i, fqn in enumerate(plan.misc_fqns)}
         self._open: dict[int, torch.Tensor] = {}
         self._count = len(plan.misc_buffers)
@@ -83,6 +97,8 @@ class RootSink:
         plan, memory = self._plan, self._open.pop(unit)
         broadcast(plan, self._channel, plan.misc_root, plan.misc_buffers[unit], memory, self._end)
         self.sent_bytes += memory.nbytes
+        if self._keep is not None:
+            self._keep(unit, memory)
 
 
 class Receiver:
@@ -109,6 +125,10 @@ class Receiver:
         if buffer.num_bytes:  # a buffer of empty tensors does not travel
             broadcast(self._plan, self._channel, self._rank, buffer, memory, self._end)
         self.received_bytes += buffer.num_bytes
+        return self.take(buffer, memory)
+
+    def take(self, buffer: MiscBuffer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of `buffer`, which is in `memory`."""
         tensors = unpack(self._plan, buffer, memory)
         if self._verify:
             self._digest(tensors)

@@ -149,8 +149,6 @@ class _Frame:
             raise Refusal(problems)
         asked = _misc_tensors(declarations, table, all_misc)
         misc = {fqn: asked[fqn] for fqn in table if fqn in asked}
-        if misc and world.shared:
-            raise Refusal(_colocated(world, misc))
         index = {name: i for i, name in enumerate(table)}
         ndim = max((len(m.shape) for m in table.values()), default=0)
         item = np.array([m.dtype.itemsize for m in table.values()], np.int64)
@@ -215,15 +213,6 @@ def _check_inputs(
             if f not in table
         ]
     return problems
-
-
-def _colocated(world: World, misc: Mapping[str, str]) -> list[str]:
-    """A rank cannot wait for the broadcast of a whole tensor while it still has to send its part of the next one."""
-    both = ", ".join(map(world.describe, world.shared))
-    remedy = (
-        "put trainers and generators on ranks of their own, or export the tensor as the generator's loader keeps it"
-    )
-    return [f"{fqn}: must travel whole ({reason}), which {both} cannot serve; {remedy}" for fqn, reason in misc.items()]
 
 
 def _misc_tensors(

@@ -179,6 +179,7 @@ class RefitSession:
         """Beside bulk where that cannot deadlock, with connections of its own where bulk uses the session's."""
         link, options, given = self._link, self.options, self._given_channel is not None
         if self._device.type == "cuda":
+            self._refuse_whole(plan)
             beside = transport.one_sided and len(plan.misc_buffers) <= room(options.num_streams)
         else:
             beside = not (given and self.world.shared)  # simulated ranks pass all their messages through one box a pair
@@ -188,6 +189,18 @@ class RefitSession:
             channel = open_channel(self._device, store, self.rank, self.world.size, options.deadline_s)
         messages = Pipeline(plan, self.rank, channel, options.num_streams, self._device)
         return Lane(plan, self.rank, messages, beside, options.verify)
+
+    def _refuse_whole(self, plan: RefitPlan) -> None:
+        """A GPU that gathers and receives at once has kernels of NCCL that wait in two orders."""
+        if plan.misc_fqns and self.world.shared:
+            first = plan.misc_fqns[0]
+            raise PlanError(
+                f"{len(plan.misc_fqns)} tensors must travel whole ({first}: {plan.misc_reasons[first]}), which "
+                f"{', '.join(map(self.world.describe, self.world.shared))} cannot serve on GPUs",
+                rank=self.rank,
+                phase="agree",
+                remedy="put trainers and generators on ranks of their own",
+            )
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
         layout = None

@@ -203,25 +203,31 @@ def test_tensors_on_other_devices_are_refused_by_name():
     assert isinstance(results[0], PlanError) and "a is on meta" in str(results[0])
 
 
-class Colocated(SimulatedWorld):
-    """Rank 0 trains, rank 1 trains and generates, rank 2 generates."""
+SHARED = World((0, 1), (1, 2))
 
-    def __init__(self, sources, landings, options=None):
-        world, store, hub = World((0, 1), (1, 2)), dist.HashStore(), Hub()
-        held, taken = {0: sources[0], 1: sources[1]}, {1: landings[0], 2: landings[1]}
+
+class Colocated(SimulatedWorld):
+    """Unless told otherwise, rank 0 trains, rank 1 trains and generates, rank 2 generates."""
+
+    def __init__(self, sources, landings, options=None, world=SHARED):
+        store, hub = dist.HashStore(), Hub()
+        held, taken = (
+            dict(zip(ranks, ends, strict=True))
+            for ranks, ends in ((world.trainers, sources), (world.generators, landings))
+        )
         options = options or RefitOptions(deadline_s=5, bucket_bytes=1024)
         self.world, self.store = world, store
         self.sessions = [
             RefitSession(r, world, store, options, held.get(r), taken.get(r), channel=InprocChannel(hub, r))
-            for r in range(3)
+            for r in range(world.size)
         ]
 
 
-def colocated(misc=(), options=None):
+def colocated(misc=(), options=None, world=SHARED):
     _, sources, landings, full = two_by_two()
     for landing in landings:
         landing.misc = dict.fromkeys(misc, "computed by the loader")
-    return Colocated(sources, landings, options), sources, landings, full
+    return Colocated(sources, landings, options, world), sources, landings, full
 
 
 def test_a_rank_on_both_sides_is_served_from_its_own_storage():
@@ -253,16 +259,59 @@ def test_a_rank_on_both_sides_verifies_what_it_gives_itself():
     assert f"{both} holds digest" in str(results[1]) and f"{both} has" in str(results[1])
 
 
-@pytest.mark.parametrize("how", ["a misc tensor", "the conventional refit"])
-def test_a_rank_on_both_sides_refuses_whole_tensors(how):
-    options = RefitOptions(transport="broadcast", deadline_s=5) if how != "a misc tensor" else None
-    sim, _, landings, _ = colocated(("norm.w",) if options is None else (), options)
-    reason = "conventional refit" if options else "computed by the loader"
-    for result in sim.start().values():
-        assert isinstance(result, PlanError)
-        text = f"norm.w: must travel whole ({reason}), which trainer 1 and generator 0 (rank 1) cannot serve"
-        assert text in str(result)
-    assert all(landing.version == -1 and not landing.rejected for landing in landings)
+@pytest.mark.parametrize("transport", ["auto", "broadcast"])
+@pytest.mark.parametrize("world", [SHARED, World((0, 1), (0, 1)), World((1, 0), (0, 1))])
+def test_a_rank_on_both_sides_takes_whole_tensors_too(transport, world):
+    """The first trainer of a world gathers and broadcasts them, and may generate itself."""
+    options = RefitOptions(transport=transport, deadline_s=10, bucket_bytes=1024)
+    sim, sources, landings, full = colocated(("gate.w", "norm.w"), options, world)
+    raise_any(plans := sim.start())
+    whole = plans[0].misc_fqns
+    assert set(whole) == ({"gate.w", "norm.w"} if transport == "auto" else set(full))
+    for version in (1, 2):
+        full = full_model(plans[0].table, version)
+        for source in sources:
+            source.load(full)
+        raise_any(sim.refit(version))
+        for landing in landings:
+            assert list(landing.whole) == list(whole)
+            held = {f: t for (f, _), t in zip(landing.rows, landing.storage, strict=True)} | landing.whole
+            assert all(same_bytes(held[f], t) for f, t in full.items())
+
+
+def test_whole_tensors_without_bytes_reach_a_root_that_generates():
+    table = make_table({"a": ((0, 4), torch.float32), "b": ((4,), torch.float32), "c": ((0,), torch.float32)})
+    full, rows = full_model(table, 5), [(f, WHOLE(m.shape)) for f, m in table.items()]
+    landing = PlainLanding(rows, misc=dict.fromkeys(table, "cast"))
+    sim = Colocated([PlainSource.of(full, table, rows)], [landing], None, World((0,), (0,)))
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    assert list(landing.whole) == ["a", "b", "c"] and same_bytes(landing.whole["b"], full["b"])
+
+
+def test_a_rank_on_both_sides_verifies_whole_tensors():
+    class Flips(InprocChannel):
+        def broadcast(self, buffer, root, ranks):
+            pending = super().broadcast(buffer, root, ranks)
+            if self._rank == root:
+                buffer[0] ^= 1  # after it left: only the root's own engine gets it
+            return pending
+
+    sim, _, landings, _ = colocated(("norm.w",), None, World((0, 1), (0, 1)))
+    for session in sim.sessions:
+        session._given_channel = Flips(session._given_channel._hub, session.rank)
+    raise_any(sim.start())
+    results = sim.refit(1)
+    assert isinstance(results[0], VerificationError) and "norm.w" in str(results[0])
+    assert all(isinstance(r, RefitError) for r in results.values())
+    assert all(landing.version == -1 and landing.rejected for landing in landings)
+
+
+def test_a_gpu_on_both_sides_refuses_whole_tensors():
+    sim, _, _, _ = colocated(("norm.w",))
+    raise_any(plans := sim.start())
+    with pytest.raises(PlanError, match=r"1 tensors must travel whole \(norm.w: .*rank 1\) cannot serve on GPUs"):
+        sim.sessions[1]._refuse_whole(plans[1])
 
 
 def test_a_part_of_the_model_is_a_refit_of_its_own():
