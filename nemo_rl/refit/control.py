@@ -76,14 +76,23 @@ class Control:
             self._forget()
         return said
 
-    def exchange(self, phase: str, outgoing: Mapping[int, bytes], ranks: Iterable[int]) -> dict[int, bytes]:
+    def exchange(
+        self,
+        phase: str,
+        outgoing: Mapping[int, bytes],
+        ranks: Iterable[int],
+        look: Callable[[], None] = lambda: None,
+    ) -> dict[int, bytes]:
         """Give each rank of `outgoing` a payload of its own, and wait for those that `ranks` have for this one.
 
         Every rank calls in the same order. Raises as `gather`.
+
+        Args:
+            look: called now and then by who waits; what it raises ends the wait.
         """
         ticket = self.ticket()
         self._post(ticket, {str(reader): payload for reader, payload in outgoing.items()})
-        said = self.collect(ticket, phase, ranks)
+        said = self.collect(ticket, phase, ranks, look)
         self.end(ticket)
         return said
 
@@ -112,9 +121,11 @@ class Control:
         """Wait until all of `ranks` have posted. Raises as `gather`."""
         self._await({r: f"{ticket}/{r}/" for r in ranks}, phase)
 
-    def collect(self, ticket: int, phase: str, ranks: Iterable[int]) -> dict[int, bytes]:
-        """Wait for what `ranks` have for this rank. Raises as `gather`."""
-        return self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase)
+    def collect(
+        self, ticket: int, phase: str, ranks: Iterable[int], look: Callable[[], None] = lambda: None
+    ) -> dict[int, bytes]:
+        """Wait for what `ranks` have for this rank. `look` and errors are those of `exchange`."""
+        return self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase, look)
 
     def end(self, ticket: int) -> None:
         """What this rank posted is deleted when all ranks have come to the next gather."""
@@ -124,7 +135,7 @@ class Control:
         """Values of keys that are set, in one round trip."""
         return [bytes(value) for value in self.store.multi_get(list(keys))]
 
-    def _await(self, keys: Mapping[int, str], phase: str) -> dict[int, bytes]:
+    def _await(self, keys: Mapping[int, str], phase: str, look: Callable[[], None] = lambda: None) -> dict[int, bytes]:
         """Values of `keys`, with pauses that grow with the time waited, so that little of it is lost to them."""
         started, names, looked = time.monotonic(), list(keys.values()), 0.0
         while not self.store.check(names):
@@ -133,6 +144,7 @@ class Control:
                 looked = waited
                 if self.store.check([_ABORT]) and not self.store.check(names):  # what is complete counts
                     self.raise_if_aborted(phase)
+                look()
             if waited > self.deadline_s:
                 self._give_up(phase, [r for r, key in keys.items() if not self.store.check([key])])
             self.idle()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from nemo_rl.actors import Actors, generator_config, refit_options
 from nemo_rl.cluster import Cluster
 from nemo_rl.config import Config, load_config
-from nemo_rl.generator.actor import GeneratorActor
+from nemo_rl.generator.actor import CONTROL, GeneratorActor
 from nemo_rl.generator.options import worker_env
 from nemo_rl.grpo.loss import LossInputs, LossOptions
 from nemo_rl.grpo.types import RolloutBatch
@@ -90,7 +90,8 @@ def train(actors: Actors, seed: int) -> None:
     mask[:, :4] = 0
     old = -torch.rand(8, 16, generator=g) * 5
     lengths, rewards = torch.full((8,), 16), torch.randn(8, generator=g)
-    batch = RolloutBatch(ids, lengths, mask, old, rewards, torch.arange(8))
+    versions = torch.where(mask > 0, 0, -1)
+    batch = RolloutBatch(ids, lengths, mask, old, versions, rewards, torch.arange(8))
     inputs = LossInputs(torch.randn(8, generator=g), mask, old, old, old)
     options = LossOptions(kl_penalty=0.1, clip_low=10.0, clip_high=1e6, importance_correction=False)
     trainers = actors.groups(())[0]
@@ -120,7 +121,9 @@ def same(one: list[dict[str, torch.Tensor]], two: list[dict[str, torch.Tensor]])
 def fresh_observation(settings: Config, folder: Path) -> Any:
     config = generator_config(settings, folder)
     config = type(config)(**{**{f: getattr(config, f) for f in config.__dataclass_fields__}, "load_format": "auto"})
-    remote = ray.remote(GeneratorActor).options(num_cpus=0, runtime_env={"env_vars": worker_env(config)})
+    remote = ray.remote(GeneratorActor).options(
+        num_cpus=0, runtime_env={"env_vars": worker_env(config)}, concurrency_groups={CONTROL: 1}
+    )
     engine = remote.remote(config)
     try:
         return observe(engine)

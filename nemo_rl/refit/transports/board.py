@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nemo_rl.refit.control import Control
@@ -127,6 +127,18 @@ class Board:
         # Read again: a rank may say its last word and end between two looks.
         if late := self._late({rank: values[rank] for rank in ended}, lane):
             self._give_up("the process ended of", late, phase, lane)
+
+    def check_alive(self, ranks: Iterable[int], phase: str) -> None:
+        """For who waits for `ranks` by other means. Raises TransferError where the process of one ended."""
+        ended = [rank for rank in sorted(ranks) if _ended(self._pids[rank])]
+        if ended:
+            names = ", ".join(map(self._control.world.describe, ended))
+            raise TransferError(
+                f"the process ended of {names}",
+                rank=self._control.rank,
+                phase=phase,
+                remedy="look at those ranks' logs; remake the session",
+            )
 
     def _late(self, values: Mapping[int, int], lane: int) -> dict[int, int]:
         return {rank: value for rank, value in values.items() if self.seen(rank, lane) < value}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ class Peer:
         outgoing = {
             rank: _packed({s: news[s] for s in sorted(sides) if news[s]}) for rank, sides in self._tells.items()
         }
-        said = self._control.exchange("transfer", outgoing, self._hears)
+        said = self._exchange(outgoing, self._hears)
         for rank, told in said.items():
             for side, data in _unpacked(told).items():
                 self._open((rank, side), data)
@@ -174,6 +174,12 @@ class Peer:
         layout, copies = self._layouts[self._rank, "source"], self._plan.bulk
         rows = np.unique(copies.src_row[copies.src_rank == self._rank]).tolist()
         return {row: src_view(row, layout.region(row)) for row in rows}
+
+    def _exchange(self, outgoing: Mapping[int, bytes], ranks: Iterable[int]) -> dict[int, bytes]:
+        """As `Control.exchange`; a rank whose process ended is named at once, not by who waits for who waits for it."""
+        board, awaited = self._board, set(ranks)
+        assert board is not None
+        return self._control.exchange("transfer", outgoing, awaited, lambda: board.check_alive(awaited, "transfer"))
 
     def _open(self, end: End, told: bytes) -> None:
         try:
@@ -247,7 +253,7 @@ class Peer:
             raise self._failed(f"reading from {names}: {error}", *sorted(givers)) from error
         staged = self._given.dst_rank[self._staged & (self._given.src_rank == self._rank)]
         readers = set(np.unique(staged).tolist()) - {self._rank}
-        self._control.exchange("transfer", dict.fromkeys(givers - {self._rank}, b""), readers)
+        self._exchange(dict.fromkeys(givers - {self._rank}, b""), readers)
 
     def _read(self, message: Message, tracker: Tracker) -> None:
         indices = np.arange(message.lo, message.hi)

@@ -56,6 +56,20 @@ def test_what_each_process_says_is_seen_by_all():
     board.close()
 
 
+def test_an_exchange_with_a_dead_process_ends_long_before_the_deadline():
+    ranks, board = started(lambda board, rank: time.sleep(30))
+    control = board._control
+    board.check_alive((0, 1, 2), "transfer")
+    os.kill(ranks.pids[2], signal.SIGKILL)
+    before = time.monotonic()
+    with pytest.raises(TransferError, match=r"the process ended of generator 1 \(rank 2\)\."):
+        control.exchange("transfer", {}, (1, 2), lambda: board.check_alive((1, 2), "transfer"))
+    assert time.monotonic() - before < 3
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.codes() == {1: -signal.SIGKILL, 2: -signal.SIGKILL}
+    board.close()
+
+
 def test_who_waits_for_a_dead_process_is_told_long_before_the_deadline():
     def say_and_hang(board, rank):
         board.post(rank)

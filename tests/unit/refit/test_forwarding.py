@@ -143,8 +143,8 @@ def test_wrong_bytes_of_a_forwarder_are_caught_where_they_land():
             flip()
         return mark()
 
-    def collect_and_repair(ticket, phase, ranks):
-        answer = collect(ticket, phase, ranks)
+    def collect_and_repair(*args):
+        answer = collect(*args)
         if len(flips) == 1:
             flip()
         return answer
