@@ -14,13 +14,15 @@ import torch.distributed as dist
 from nemo_rl.refit.base import Declaration, RefitOptions, World
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.cost import Demand, Links, Load, Rates
+from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.relay import relay_of
 from nemo_rl.refit.transports import registry
-from nemo_rl.refit.transports.links import Cache, Case, Probe, fit, probes_of
+from nemo_rl.refit.transports.links import Cache
 from nemo_rl.refit.transports.mover import Fact
+from nemo_rl.refit.transports.probes import Case, Probe, fit, measure, probes_of
 from nemo_rl.refit.transports.registry import TRANSPORTS, choose
 
 from .layouts import shard_out
@@ -236,3 +238,20 @@ def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, caplog):
     options = RefitOptions(cache_dir=str(tmp_path / "file" / "links"))
     Cache(options.cache_dir, facts(), options).keep(Links({}, 1.0, 0.0, 0.0))
     assert "policy.refit.cache_dir" in caplog.text
+
+
+def test_a_transport_that_fails_while_it_is_measured_is_named():
+    def broken(setting):
+        raise OSError("no such device")
+
+    control = Control(0, World((0,), (0,)), dist.HashStore(), 5.0)
+    with pytest.raises(TransferError, match="'gloo' failed while links were measured: no such device.*measure_links"):
+        measure(control, [replace(TRANSPORTS["gloo"], mover=broken)], RefitOptions(), torch.device("cpu"))
+
+
+def test_one_rank_alone_measures_itself():
+    control = Control(0, World((0,), (0,)), dist.HashStore(), 5.0)
+    links = measure(control, [TRANSPORTS["gloo"]], RefitOptions(), torch.device("cpu"))
+    rates = links.rates["gloo"]
+    assert 1e6 < rates.short_bytes_per_s <= rates.run_bytes_per_s and links.digest_bytes_per_s > 1e6
+    assert not rates.one_sided and rates.start_s > 0 and links.meet_s > 0
