@@ -121,9 +121,8 @@ def same(one: list[dict[str, torch.Tensor]], two: list[dict[str, torch.Tensor]])
 def fresh_observation(settings: Config, folder: Path) -> Any:
     config = generator_config(settings, folder)
     config = type(config)(**{**{f: getattr(config, f) for f in config.__dataclass_fields__}, "load_format": "auto"})
-    remote = ray.remote(GeneratorActor).options(
-        num_cpus=0, runtime_env={"env_vars": worker_env(config)}, concurrency_groups={CONTROL: 1}
-    )
+    remote = ray.remote(concurrency_groups={CONTROL: 1})(GeneratorActor)
+    remote = remote.options(num_cpus=0, runtime_env={"env_vars": worker_env(config)})
     engine = remote.remote(config)
     try:
         return observe(engine)
