@@ -94,7 +94,7 @@ def rank_main(rank, port, transport, versions, die, queue, known):
                         held[f][region.slices_in(Region.whole(TABLE[f].shape))] if transport == "broadcast" else held[f]
                     )
                     assert same_bytes(got, part), f
-        said = (report.verified,) if not known else (report.transport, dict(report.predictions))
+        said = (report.verified,) if not known else (report.transport, dict(report.predictions), report.total_s)
         queue.put((rank, *said, landing.version if landing else None))
     except RefitError as error:
         queue.put((rank, str(error), (landing.version, landing.rejected) if landing else None))
@@ -147,10 +147,11 @@ def test_a_killed_trainer_is_named_and_nothing_is_committed(transport, die):
 def test_links_are_measured_and_all_ranks_take_the_fastest_transport(tmp_path):
     """What this machine's links give decides, and is kept for the next session."""
     out = run("auto", (0, 1), known={"measure_links": "auto", "cache_dir": str(tmp_path), "bucket_bytes": 1 << 16})
-    (said,) = {(transport, tuple(sorted(told.items()))) for transport, told, _ in out.values()}
-    assert [out[r][2] for r in range(4)] == [None, None, 1, 1]
+    (said,) = {(transport, tuple(sorted(told.items()))) for transport, told, *_ in out.values()}
+    assert [out[r][3] for r in range(4)] == [None, None, 1, 1]
     told = dict(said[1])
     assert set(told) == {"peer", "gloo"} and said[0] == min(told, key=told.get)
+    assert 0.02 < max(took for _, _, took, _ in out.values()) / told[said[0]] < 50, "a slow machine may be busy"
     (path,) = tmp_path.iterdir()
     links = Links.from_json(json.loads(path.read_text())["links"])
     for rates in links.rates.values():
