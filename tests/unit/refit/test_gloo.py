@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
+import pickle
 import signal
+import tempfile
 import time
-from datetime import timedelta
+import traceback
 from pathlib import Path
-from queue import Empty
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.cost import Links
@@ -23,6 +22,7 @@ from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports import parcels, registry
 from nemo_rl.refit.transports.mover import Transport
 
+from .forked import Forked
 from .simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
 
 WORLD = World.of(2, 2)
@@ -46,21 +46,27 @@ def shard(meta, rank, axis):
     return Region(tuple(offsets), tuple(sizes))
 
 
+def alive(pid):
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def kills_trainer_1(session, inner):
     """Its memory is mapped and was announced as complete; it dies before a byte is read."""
 
     def open_unit(unit):
         pid, _ = session._agreed.mover._windows.ends[1, "source"]
         os.kill(pid, signal.SIGKILL)
-        while not Path(f"/proc/{pid}/status").read_text().count("zombie"):
+        while alive(pid):
             time.sleep(0.01)
         return inner(unit)
 
     return open_unit
 
 
-def rank_main(rank, port, transport, versions, die, queue, known):
-    torch.set_num_threads(1)
+def rank_main(rank, port, transport, versions, die, known):
     if transport == "nccl":  # its schedule of parcels, over gloo
         registry.TRANSPORTS["nccl"] = Transport("nccl", lambda *_: None, registry._grouped)
         parcels.PARCEL_BYTES, parcels.LEAST_IN_PLACE = 1024, 128
@@ -95,36 +101,27 @@ def rank_main(rank, port, transport, versions, die, queue, known):
                     )
                     assert same_bytes(got, part), f
         said = (report.verified,) if not known else (report.transport, dict(report.predictions), report.total_s)
-        queue.put((rank, *said, landing.version if landing else None))
+        return [*said, landing.version if landing else None]
     except RefitError as error:
-        queue.put((rank, str(error), (landing.version, landing.rejected) if landing else None))
-    session.close()
+        return [str(error), (landing.version, landing.rejected) if landing else None]
+    finally:
+        session.close()
 
 
 def run(transport, versions, die="", known=None):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [
-        context.Process(
-            target=rank_main, args=(r, store.port, transport, versions, die, queue, known or {}), daemon=True
-        )
-        for r in range(WORLD.size)
-    ]
-    for p in ranks:
-        p.start()
-    out, end = {}, time.monotonic() + 120
-    while len(out) < WORLD.size - bool(die) and time.monotonic() < end:
-        try:
-            rank, *rest = queue.get(timeout=1)
-            out[rank] = rest
-        except Empty:
-            continue
-    for p in ranks:
-        p.join(10)
-        if p.is_alive():
-            p.kill()
-    return out
+    """Rank -> what it says in the end; a rank that was killed says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def work(rank, port):
+            try:
+                said = rank_main(rank, port, transport, versions, die, known or {})
+                (Path(folder) / str(rank)).write_bytes(pickle.dumps(said))
+            except Exception:
+                traceback.print_exc()
+                raise
+
+        Forked(range(WORLD.size), work).codes(120)
+        return {int(path.name): pickle.loads(path.read_bytes()) for path in Path(folder).iterdir()}
 
 
 @pytest.mark.parametrize("transport", ["gloo", "nccl", "peer", "golden", "broadcast"])
