@@ -20,15 +20,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 
 from nemo_rl.refit.base import Landing
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.digest import Ledger
-from nemo_rl.refit.errors import RefitError, TransferError
+from nemo_rl.refit.errors import PlanError, RefitError, TransferError
 from nemo_rl.refit.misc import Receiver, RootSink, root_layout
 from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.mover import Facts, Setting, Transport
+from nemo_rl.refit.transports.registry import open_channel, own_gpus
 
 _Arrived = dict[str, torch.Tensor] | Exception | None
 _POLL_S = 0.05
@@ -38,6 +41,42 @@ THREAD = "whole tensors"
 def room(num_streams: int) -> int:
     """Buffers that a generator holds until its engine has loaded them, at most."""
     return 2 * num_streams
+
+
+def open_lane(setting: Setting, transport: Transport, facts: Facts, verify: bool) -> Lane:
+    """The lane of a plan: beside bulk where that cannot deadlock, on connections of its own where bulk needs others.
+
+    Raises:
+        PlanError: GPUs cannot carry whole tensors among these ranks.
+    """
+    plan, bulk, given = setting.plan, setting.messages, facts[setting.rank].given
+    if setting.device.type == "cuda":
+        _refuse(plan, setting.rank, facts)
+        beside = transport.one_sided and len(plan.misc_buffers) <= room(bulk.num_streams)
+    else:
+        beside = not (given and plan.world.shared)  # simulated ranks pass all their messages through one box a pair
+    channel = bulk.channel
+    if plan.misc_fqns and beside and not transport.one_sided and not given:
+        control = setting.control
+        store = dist.PrefixStore("lane", control.store)
+        channel = open_channel(setting.device, store, setting.rank, plan.world.size, control.deadline_s)
+    messages = Pipeline(plan, setting.rank, channel, bulk.num_streams, setting.device)
+    return Lane(plan, setting.rank, messages, beside, verify)
+
+
+def _refuse(plan: RefitPlan, rank: int, facts: Facts) -> None:
+    """NCCL carries whole tensors on GPUs: one a rank, and a rank that gathers and receives has kernels that wait in
+    two orders."""
+    both = ", ".join(map(plan.world.describe, plan.world.shared))
+    why = f"{both} cannot serve on GPUs" if both else own_gpus(facts)
+    if plan.misc_fqns and why:
+        first = plan.misc_fqns[0]
+        raise PlanError(
+            f"{len(plan.misc_fqns)} tensors must travel whole ({first}: {plan.misc_reasons[first]}): {why}",
+            rank=rank,
+            phase="agree",
+            remedy="put trainers and generators on ranks and GPUs of their own",
+        )
 
 
 class Lane:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
@@ -18,7 +17,7 @@ from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sou
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
-from nemo_rl.refit.lane import Lane, room
+from nemo_rl.refit.lane import Lane, open_lane
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
@@ -169,38 +168,11 @@ class RefitSession:
             verifier = Verifier(plan, self.rank, said.sources, self._device) if self.options.verify else None
             own = declarations.get(self.rank)
             arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)
-            lane = self._open_lane(plan, choice.transport)
+            lane = open_lane(setting, choice.transport, link.facts, self.options.verify)
             self._agreed_or_none = _Agreed(
                 plan, said.sources, declarations, verifier, arrivals, pipeline, choice, mover, lane
             )
         return plan
-
-    def _open_lane(self, plan: RefitPlan, transport: Transport) -> Lane:
-        """Beside bulk where that cannot deadlock, with connections of its own where bulk uses the session's."""
-        link, options, given = self._link, self.options, self._given_channel is not None
-        if self._device.type == "cuda":
-            self._refuse_whole(plan)
-            beside = transport.one_sided and len(plan.misc_buffers) <= room(options.num_streams)
-        else:
-            beside = not (given and self.world.shared)  # simulated ranks pass all their messages through one box a pair
-        channel = link.channel
-        if plan.misc_fqns and beside and not transport.one_sided and not given:
-            store = dist.PrefixStore("lane", link.control.store)
-            channel = open_channel(self._device, store, self.rank, self.world.size, options.deadline_s)
-        messages = Pipeline(plan, self.rank, channel, options.num_streams, self._device)
-        return Lane(plan, self.rank, messages, beside, options.verify)
-
-    def _refuse_whole(self, plan: RefitPlan) -> None:
-        """A GPU that gathers and receives at once has kernels of NCCL that wait in two orders."""
-        if plan.misc_fqns and self.world.shared:
-            first = plan.misc_fqns[0]
-            raise PlanError(
-                f"{len(plan.misc_fqns)} tensors must travel whole ({first}: {plan.misc_reasons[first]}), which "
-                f"{', '.join(map(self.world.describe, self.world.shared))} cannot serve on GPUs",
-                rank=self.rank,
-                phase="agree",
-                remedy="put trainers and generators on ranks of their own",
-            )
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
         layout = None

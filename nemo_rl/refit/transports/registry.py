@@ -40,7 +40,7 @@ def _only_on(device: str, name: str, facts: Facts) -> str | None:
 
 
 def _any_one_device(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on(facts[0].device, "one channel", facts) or _own_gpus(facts)
+    return _only_on(facts[0].device, "one channel", facts) or own_gpus(facts)
 
 
 def _gloo_unsupported(rank: int, world: World, facts: Facts) -> str | None:
@@ -48,10 +48,10 @@ def _gloo_unsupported(rank: int, world: World, facts: Facts) -> str | None:
 
 
 def _nccl_unsupported(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on("cuda", "nccl", facts) or _own_gpus(facts)
+    return _only_on("cuda", "nccl", facts) or own_gpus(facts)
 
 
-def _own_gpus(facts: Facts) -> str | None:
+def own_gpus(facts: Facts) -> str | None:
     """NCCL wants a GPU for each rank."""
     first: dict[str, int] = {}
     for rank, fact in facts.items():
@@ -73,7 +73,7 @@ def _grouped(setting: Setting) -> Grouped:
 
 
 def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on("cuda", "m2n", facts) or _own_gpus(facts) or m2n.missing()
+    return _only_on("cuda", "m2n", facts) or own_gpus(facts) or m2n.missing()
 
 
 def _m2n(setting: Setting) -> m2n.M2n:

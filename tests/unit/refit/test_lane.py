@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from nemo_rl.refit import lane
-from nemo_rl.refit.base import RefitOptions
-from nemo_rl.refit.errors import RefitError
+from nemo_rl.refit.base import Declaration, RefitOptions, World
+from nemo_rl.refit.errors import PlanError, RefitError
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.inproc import InprocChannel
+from nemo_rl.refit.transports.mover import Fact
 
 from .planted import caught, reload, two_by_two
 from .simulated import PlainLanding, make_table, raise_any, same_bytes
@@ -113,3 +116,25 @@ def test_a_lane_that_fails_is_named_while_its_engine_waits():
     sim, _, landings, _ = two_by_two(lambda r, t: Torn(t._hub, r), OPTIONS, Landing, TABLE, misc=WHOLE)
     raise_any(sim.start())
     caught(sim.refit(1), landings, RefitError, "receiving whole tensors w0", "connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("world", "gpus", "words"),
+    [
+        (World((0, 1), (1, 2)), "abc", r"trainer 1 and generator 0 \(rank 1\) cannot serve on GPUs"),
+        (World.of(1, 2), "aba", "ranks 0 and 2 are on one GPU"),
+        (World.of(1, 2), "abc", None),
+    ],
+)
+def test_gpus_that_cannot_carry_whole_tensors_refuse_the_plan(world, gpus, words):
+    rows = Layout.from_regions([(name, Region.whole(m.shape)) for name, m in TABLE.items()], TABLE)
+    declared = {r: Declaration(rows, {"w3": "cast"}) for r in world.generators}
+    plan = plan_refit(world, dict.fromkeys(world.trainers, rows), declared, TABLE)
+    facts = {r: Fact("boot", "cuda", False, gpu=gpu) for r, gpu in enumerate(gpus)}
+    if words is None:
+        assert lane._refuse(plan, 1, facts) is None
+        return
+    with pytest.raises(PlanError, match=rf"1 tensors must travel whole \(w3: cast\): .*{words}"):
+        lane._refuse(plan, 1, facts)
+    bulk = plan_refit(world, dict.fromkeys(world.trainers, rows), {r: Declaration(rows) for r in declared}, TABLE)
+    assert lane._refuse(bulk, 1, facts) is None, "nothing travels whole"

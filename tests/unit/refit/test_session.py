@@ -307,13 +307,6 @@ def test_a_rank_on_both_sides_verifies_whole_tensors():
     assert all(landing.version == -1 and landing.rejected for landing in landings)
 
 
-def test_a_gpu_on_both_sides_refuses_whole_tensors():
-    sim, _, _, _ = colocated(("norm.w",))
-    raise_any(plans := sim.start())
-    with pytest.raises(PlanError, match=r"1 tensors must travel whole \(norm.w: .*rank 1\) cannot serve on GPUs"):
-        sim.sessions[1]._refuse_whole(plans[1])
-
-
 def test_a_part_of_the_model_is_a_refit_of_its_own():
     """Adapters on a frozen base: the table has only them, and what generators keep is told with the rule."""
 
