@@ -62,7 +62,8 @@ class Peer:
         self._windows = Windows(self._memory, self._rank, self._layouts)
         self._staged = _staged(setting.plan.bulk, setting.landings)
         self._some_staged = bool(self._staged.any())
-        self._board: Board | None = None
+        self._board: Board | None = None  # a lane for each taker, and one for what moved
+        self._meetings = 0
         self._arrange(setting.landings)
         self._tried = not (self._memory.puts or self._relay.num_steps)
         self._parts: list[Part] | None = None
@@ -80,7 +81,7 @@ class Peer:
         end = time.monotonic() + deadline_s
         before = self._memory.num_copies, self._memory.num_launches
         self._try_to_show(tracker)
-        self._meet(src_view, tracker)
+        self._meet(src_view, tracker, end)
         self._carry(tracker, end)
         if self._some_staged:
             self._take_staged(tracker, end)
@@ -106,7 +107,7 @@ class Peer:
         self._wire_bytes = relay.wire_bytes(copies, self._rank)
         self._tells, self._hears = self._who_needs_whom()
         if self._board is None:
-            self._board = Board.open(self._control, self._world.size)
+            self._board = Board.open(self._control, self._world.size + 1)
         self._carrier = Carrier(self._board, self._schedule, self._rank)
         if self._rank == self._world.trainers[0] and relay.num_steps:
             log.info("%s", relay.describe(self._world, copies))
@@ -150,8 +151,8 @@ class Peer:
 
     # ---- where rows are
 
-    def _meet(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> None:
-        """Tell others where this rank's rows are, if that is new, and open what they say."""
+    def _meet(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None, end: float) -> None:
+        """Tell others where this rank's rows are, if that is new, and open what they say. All ranks come here first."""
         shown = {side for sides in self._tells.values() for side in sides}
         news: dict[Side, bytes] = {}
         if self._rank in self._world.trainers:
@@ -161,6 +162,8 @@ class Peer:
         if tracker is not None and self._lands_in_place:
             held = tracker.rows(IN_PLACE)
             news["landing"] = self._windows.locate("landing", held, lambda: held, "landing" in shown)
+        if not self._anything_moved(any(news.values()), end):
+            return
         outgoing = {
             rank: _packed({s: news[s] for s in sorted(sides) if news[s]}) for rank, sides in self._tells.items()
         }
@@ -168,6 +171,15 @@ class Peer:
         for rank, told in said.items():
             for side, data in _unpacked(told).items():
                 self._open((rank, side), data)
+
+    def _anything_moved(self, here: bool, end: float) -> bool:
+        """Whether rows of any rank moved. The board tells sooner than messages that none did, as is usual."""
+        assert self._board is not None
+        self._meetings += 1
+        lane, first = self._world.size, 2 * self._meetings
+        self._board.post(first + here, lane)
+        self._board.wait(dict.fromkeys(range(self._world.size), first), "transfer", end, lane)
+        return any(self._board.seen(rank, lane) > first for rank in range(self._world.size))
 
     def _source_rows(self, src_view: Callable[[int, Region], torch.Tensor]) -> dict[int, torch.Tensor]:
         """Views of the rows that travel."""
