@@ -71,7 +71,11 @@ def check(found: dict[str, bool]) -> None:
 
 def run(program: str, folder: Path, scenarios: list[str], device: Literal["cpu", "cuda"] = "cpu") -> dict[str, bool]:
     """Run `program`, which ends in `answer`, in a process of its own with the environment of an engine."""
-    env = {**os.environ, **worker_env(GeneratorConfig(str(folder)), device), "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        **worker_env(GeneratorConfig(str(folder)), device),
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, program, str(folder), *scenarios]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
