@@ -61,15 +61,17 @@ def written(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def part(name: str, result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    revision = f", revision {result['revision']}" if "revision" in result else ""
     lines = [
         "",
         f"## {result['num_devices']} x {result['hardware']}",
         "",
-        f"Measured on {result['date']}; {versions}. Messages of at most {result['bucket_bytes'] >> 20} MiB, "
+        f"Measured on {result['date']}{revision}; {versions}. Messages of at most {result['bucket_bytes'] >> 20} MiB, "
         f"{result['num_streams']} streams. All numbers: [{name}.json](benchmarks/{name}.json).",
         "",
         f"![GB/s into each generator, by case and variant](benchmarks/{name}.svg)",
     ]
+    lines += ["", *_summary(result["rows"])]
     for case in dict.fromkeys(row["case"] for row in result["rows"]):
         lines += ["", f"### {case}", "", *table([row for row in result["rows"] if row["case"] == case])]
     for case, variants in result["not_run"].items():
@@ -78,6 +80,26 @@ def part(name: str, result: Mapping[str, Any]) -> str:
 
 
 # ---- tables
+
+_SHORT = ("peer no verify", "peer", "nccl no verify", "broadcast no verify")
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    """A line for each case: milliseconds, with the share of the ceiling, and how much slower broadcast is than peer."""
+    head = ("case", *_SHORT, "broadcast / peer")
+    lines = [_line(head), _line("---" if i == 0 else "---:" for i in range(len(head)))]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        timed = {row["variant"]: row for row in rows if row["case"] == case and "transport" in row}
+        cells = [_short(timed[name]) if name in timed else "" for name in _SHORT]
+        ends = [timed[name]["seconds_median"] for name in (_SHORT[-1], _SHORT[0]) if name in timed]
+        lines.append(_line([case, *cells, f"{ends[0] / ends[1]:.1f}" if len(ends) == 2 else ""]))
+    return lines
+
+
+def _short(row: Row) -> str:
+    share = row.get("share_of_ceiling")
+    return _ms(row["seconds_median"]) + ("" if share is None else f" ({share:.3f})")
+
 
 _HEAD = (
     "variant",
@@ -165,8 +187,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     columns = 2 if len(cases) > 1 else 1
     down = -(-len(cases) // columns)
     figure, panels = pyplot.subplots(down, columns, figsize=(6.2 * columns, 2.5 * down), squeeze=False)
+    good = [row for row in result["rows"] if "error" not in row]
+    most = max((sum(r["case"] == case and "transport" in r for r in good) for case in cases), default=0)
     for panel, case in zip(panels.flat, cases, strict=False):
-        _draw_case(panel, case, [row for row in result["rows"] if row["case"] == case and "error" not in row])
+        _draw_case(panel, case, [row for row in good if row["case"] == case], most)
     for panel in list(panels.flat)[len(cases) :]:
         panel.axis("off")
     figure.tight_layout()
@@ -174,13 +198,17 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_case(panel: Any, case: str, rows: Sequence[Row]) -> None:
+def _draw_case(panel: Any, case: str, rows: Sequence[Row], most: int) -> None:
+    """`most`: bars of the fullest panel, so that bars are as thick in all."""
     bars = [row for row in rows if "transport" in row]
+    longest = max((row["gb_per_s"] for row in bars), default=0.0)
     for place, row in enumerate(bars):
         color = _COLORS.get(row["variant"].split()[0], _OTHER)
         light = 0.55 if row["verified"] else 1.0
         panel.barh(place, row["gb_per_s"], color=color, alpha=light, height=0.7)
-        panel.text(row["gb_per_s"], place, f" {row['gb_per_s']:.0f}", va="center", fontsize=8)
+        inside = row["gb_per_s"] > longest / 5
+        side, ink = ("right", "white" if light == 1 else "black") if inside else ("left", "black")
+        panel.text(row["gb_per_s"], place, f" {row['gb_per_s']:.0f} ", va="center", ha=side, color=ink, fontsize=8)
     lines: list[str] = []
     for kind, style in (("copy engine", "-"), ("send/recv", "--")):
         rates = [row["gb_per_s"] for row in rows if row["variant"].startswith(f"links: {kind}")]
@@ -188,7 +216,8 @@ def _draw_case(panel: Any, case: str, rows: Sequence[Row]) -> None:
             panel.axvline(max(rates), color="black", linestyle=style, linewidth=1)
             lines.append(f"{kind} {max(rates):.0f}{' (dashed)' if style == '--' else ''}")
     panel.set_yticks(range(len(bars)), [row["variant"] for row in bars], fontsize=8)
-    panel.invert_yaxis()
+    panel.set_xlim(0, 1.05 * max(row.get("gb_per_s", 0.0) for row in rows))
+    panel.set_ylim(max(len(bars), most) - 0.5, -0.5)
     panel.set_title(case, fontsize=9)
     ceilings = f"; ceilings: {', '.join(lines)}" if lines else ""
     panel.set_xlabel(f"GB/s into each generator{ceilings}", fontsize=8)

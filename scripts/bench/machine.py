@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,13 @@ import torch
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("vllm", "nccl-extensions", "nccl4py", "checkpoint-engine", "triton", "cuda-bindings")
+
+
+def _nccl() -> str:
+    """Of the library that this process has loaded, which need not be the one that torch was built with."""
+    version = ctypes.c_int(0)
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return f"{version.value // 10000}.{version.value // 100 % 100}.{version.value % 100}"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -24,7 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {"hardware": f"{platform.machine()} CPU", "versions": versions}
     versions["cuda"] = str(torch.version.cuda)
-    versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    versions["nccl"] = _nccl()
     if _DRIVER.exists():
         versions["driver"] = next((w for w in _DRIVER.read_text().split() if w[:1].isdigit() and "." in w), "")
     return {"hardware": torch.cuda.get_device_name(device), "versions": versions}

@@ -62,6 +62,16 @@ def test_a_result_becomes_a_page_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks.md").read_text() == page and picture.read_bytes() == first
 
 
+def test_cases_are_summed_up(tmp_path: Path) -> None:
+    result = copy.deepcopy(RESULT)
+    peer = result["rows"][1]
+    result["rows"] += [
+        {**peer, "variant": "peer no verify", "seconds_median": 0.1},
+        {**peer, "variant": "broadcast no verify", "seconds_median": 0.25, "share_of_ceiling": 0.05},
+    ]
+    assert "| case A | 100.0 (0.810) | 123.4 (0.810) |  | 250.0 (0.050) | 2.5 |" in bench_page.part("x", result)
+
+
 def test_a_row_that_was_wrong_says_so(tmp_path: Path) -> None:
     wrong = copy.deepcopy(RESULT)
     wrong["rows"][1]["bit_exact"] = False
