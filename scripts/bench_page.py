@@ -216,7 +216,7 @@ def _draw_case(panel: Any, case: str, rows: Sequence[Row], most: int) -> None:
             panel.axvline(max(rates), color="black", linestyle=style, linewidth=1)
             lines.append(f"{kind} {max(rates):.0f}{' (dashed)' if style == '--' else ''}")
     panel.set_yticks(range(len(bars)), [row["variant"] for row in bars], fontsize=8)
-    panel.set_xlim(0, 1.05 * max(row.get("gb_per_s", 0.0) for row in rows))
+    panel.set_xlim(0, 1.05 * max((row["gb_per_s"] for row in rows if row.get("gb_per_s")), default=1.0))
     panel.set_ylim(max(len(bars), most) - 0.5, -0.5)
     panel.set_title(case, fontsize=9)
     ceilings = f"; ceilings: {', '.join(lines)}" if lines else ""

@@ -90,6 +90,13 @@ def test_what_auto_took_is_compared_with_the_fastest() -> None:
     assert "`auto` took peer: the fastest." in bench_page.part("x", result)
 
 
+def test_a_case_in_which_nothing_ran_has_an_empty_panel(tmp_path: Path) -> None:
+    result = copy.deepcopy(RESULT)
+    result["rows"].append({"case": "case C", "variant": "peer", "error": "why"})
+    bench_page.draw(result, tmp_path / "x.svg")
+    assert "### case C" in bench_page.part("x", result) and (tmp_path / "x.svg").exists()
+
+
 def test_a_page_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="no line <!-- results -->"):
         bench_page.written("text", {})
