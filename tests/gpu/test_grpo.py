@@ -28,6 +28,7 @@ def run(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     command = [sys.executable, "examples/run_grpo.py", "--config", f"examples/configs/{config}.yaml"]
     places = [f"start_model.cache_dir={folder}/models", f"logger.log_dir={folder}", "grpo.max_num_steps=3"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("NRL_")}
+    environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [*command, *SMALL, *places, *overrides], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280
     )
