@@ -170,7 +170,9 @@ class Demand:
             misc = _misc_s(self.plan, links.rates.get(channel, rates))
             beside = rates.one_sided and rates.overlaps  # both move without the processor
             found[name] = always + (max(moving, misc) if beside else moving + misc)
-            found[name] += _verify_s(load, links, rates.overlaps) if verify else 0.0
+            if verify:
+                looks = _verify_s(self, load, links, rates.overlaps)
+                found[name] += max(2 * looks - moving, 0.0) if beside else looks
         return found
 
 
@@ -183,19 +185,21 @@ def _misc_s(plan: RefitPlan, rates: Rates) -> float:
     return rates.start_s + started + plan.misc_bytes * steps / rates.short_bytes_per_s
 
 
-def _verify_s(bulk: Load, links: Links, overlaps: bool) -> float:
-    """Trainers look before and after, and what landed is read once.
+def _verify_s(demand: Demand, bulk: Load, links: Links, overlaps: bool) -> float:
+    """Trainers look before and after, at no more than they hold, and what landed is read once.
 
-    Beside a transfer, all but one look is hidden; otherwise what landed is read while trainers look again.
+    Beside messages all but one look is hidden, beside copies in memory all of it that takes no longer than they do;
+    otherwise what landed is read while trainers look again.
     """
 
-    def look(ranks: np.ndarray) -> float:
+    def look(ranks: np.ndarray, most: int) -> float:
         num_bytes, pieces = bulk.busiest(ranks)
-        return num_bytes / links.digest_bytes_per_s + pieces * links.digest_piece_s
+        part = min(1.0, most / max(num_bytes, 1))
+        return part * (num_bytes / links.digest_bytes_per_s + pieces * links.digest_piece_s)
 
-    if overlaps:
-        return max(look(bulk.src), look(bulk.dst))
-    return look(bulk.src) + max(look(bulk.src), look(bulk.dst))
+    held = max((layout.num_bytes for layout in demand.sources.values()), default=0)
+    before, landed = look(bulk.src, held), look(bulk.dst, bulk.busiest(bulk.dst)[0])
+    return max(before, landed) if overlaps else before + max(before, landed)
 
 
 def _runs(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:

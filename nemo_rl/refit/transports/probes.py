@@ -33,7 +33,7 @@ from nemo_rl.refit.transports.nccl import NcclChannel
 from nemo_rl.refit.transports.registry import open_channel
 
 _MOST_PAIRS = 8  # that are measured in a large world
-_REPEAT = 3  # timed runs of a probe, after one that is not timed
+_REPEAT = 4  # timed runs of a probe, after one that is not timed
 _TINY = 1e-9  # seconds; what a difference of two measurements is at least
 _DTYPE = torch.bfloat16
 _UNIT = Rates(0.0, 0.0, 0.0, 1.0, 1.0, one_sided=True, overlaps=False)  # spans in bytes

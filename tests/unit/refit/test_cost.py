@@ -167,7 +167,13 @@ def test_misc_and_digests_are_part_of_a_prediction():
         )["gloo"]
 
     size = 8 * 64 * 64 * 4
-    assert said((), True) - said((), False) == pytest.approx(2 * 2 * size / 1e9), "two looks at what goes out twice"
+    assert said((), True) - said((), False) == pytest.approx(2 * size / 1e9), "two looks at what goes out twice"
+    hidden = Links({"peer": NEAR}, 1e12, 0.0, 0.0)
+    demand = demand_of(World.of(1, 1), table, [rows], [rows])
+    bare, verified = (demand.predictions(hidden, {"peer": None}, "cuda", verify)["peer"] for verify in (False, True))
+    assert bare == verified, "digests are taken beside copies"
+    slow = replace(hidden, digest_bytes_per_s=1e6)
+    assert demand.predictions(slow, {"peer": None}, "cuda", True)["peer"] == pytest.approx(2 * size / 1e6)
     assert said((), False) < said(("w0",), False) < said(("w0", "w1"), False)
 
 
