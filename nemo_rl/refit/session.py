@@ -334,7 +334,7 @@ class RefitSession:
             self._touched = True
             self._landing.begin(version)
             quiesce(self._device)
-        self._link.control.gather("begin", b"")
+        self._link.control.meet("begin")
 
     def _watch(self, first: Ledger | None) -> Watch | None:
         """What looks at sources while bytes move: whenever this rank waits for others."""
@@ -368,7 +368,7 @@ class RefitSession:
         self._link.control.settle("commit", str(version))
         if self._landing is not None:
             self._landing.commit(version)
-        self._link.control.gather("committed", b"")
+        self._link.control.meet("committed")
         self._version, self._touched = version, False
 
     # ---- helpers

@@ -36,6 +36,7 @@ class Board:
         self._control, self._map, self._pids, self._lanes = control, words, pids, lanes
         self._words = memoryview(words).cast("q")
         self._width = _width(lanes)
+        self._meetings = 0
 
     @classmethod
     def open(cls, control: Control, lanes: int = 1) -> Board:
@@ -94,6 +95,13 @@ class Board:
             return False
 
         self.until(done, {lane: values}, phase, end)
+
+    def meet(self, phase: str, lane: int) -> None:
+        """All ranks come here within the session's deadline; `lane` is for nothing else. Raises as `wait`."""
+        self._meetings += 1
+        self.post(self._meetings, lane)
+        everyone = dict.fromkeys(range(self._control.world.size), self._meetings)
+        self.wait(everyone, phase, time.monotonic() + self._control.deadline_s, lane, self._control.idle)
 
     def until(self, done: Callable[[], bool], awaited: Mapping[int, Mapping[int, int]], phase: str, end: float) -> None:
         """Until `done`, which may do what can be done without waiting, or `end` (monotonic).

@@ -62,7 +62,7 @@ class Peer:
         self._windows = Windows(self._memory, self._rank, self._layouts)
         self._staged = _staged(setting.plan.bulk, setting.landings)
         self._some_staged = bool(self._staged.any())
-        self._board: Board | None = None  # a lane for each taker, and one for what moved
+        self._board: Board | None = None  # lanes: each taker's, one for what moved, one to meet
         self._meetings = 0
         self._arrange(setting.landings)
         self._tried = not (self._memory.puts or self._relay.num_steps)
@@ -107,7 +107,9 @@ class Peer:
         self._wire_bytes = relay.wire_bytes(copies, self._rank)
         self._tells, self._hears = self._who_needs_whom()
         if self._board is None:
-            self._board = Board.open(self._control, self._world.size + 1)
+            lanes = self._world.size + 2
+            board = self._board = Board.open(self._control, lanes)
+            self._control.meet_by(lambda phase: board.meet(phase, lanes - 1))
         self._carrier = Carrier(self._board, self._schedule, self._rank)
         if self._rank == self._world.trainers[0] and relay.num_steps:
             log.info("%s", relay.describe(self._world, copies))

@@ -56,6 +56,33 @@ def test_what_each_process_says_is_seen_by_all():
     board.close()
 
 
+def test_ranks_meet_without_the_store_and_a_dead_one_is_named():
+    """Nobody leaves a meeting before all came; in the last one rank 2 is dead."""
+
+    def meet(board, rank):
+        for turn in range(1, 50):
+            assert min(board.seen(r) for r in range(3)) >= turn - 1, "left the last meeting early"
+            board.post(turn)
+            board._control.meet_by(lambda phase: board.meet(phase, 1))
+            board._control.meet("begin")
+            assert min(board.seen(r) for r in range(3)) >= turn
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(TransferError, match=r"the process ended of generator 1 \(rank 2\), which said 49 of 50"):
+            board._control.meet("commit")
+
+    ranks, board = started(meet)
+    before = board._control._sequence
+    for turn in range(1, 50):
+        board.post(turn)
+        board.meet("begin", 1)
+        assert min(board.seen(r) for r in range(3)) >= turn
+    with pytest.raises(TransferError, match="which said 49 of 50"):
+        board.meet("commit", 1)
+    assert board._control._sequence == before and ranks.codes() == {1: 0, 2: -signal.SIGKILL}
+    board.close()
+
+
 def test_an_exchange_with_a_dead_process_ends_long_before_the_deadline():
     ranks, board = started(lambda board, rank: time.sleep(30))
     control = board._control
