@@ -89,6 +89,7 @@ def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
     assert "refit plan" in (folder / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_run(models: Path, tmp_path: Path) -> None:
     measured = ["policy.refit.measure_links=auto", f"policy.refit.cache_dir={tmp_path}/cache"]
     rows, _ = run(MOE, models, tmp_path, 2, "policy.refit.verify_against_checkpoint=true", *measured)
