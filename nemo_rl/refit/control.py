@@ -77,11 +77,11 @@ class Control:
             self._forget()
         return said
 
-    def meet_by(self, way: Callable[[str], None]) -> None:
+    def meet_by(self, way: Callable[[str], None] | None) -> None:
         """From now on ranks meet by `way`, a shorter one than through the store; every rank says so at the same point.
 
         Args:
-            way: takes the phase, returns once all ranks have called it, and raises as `gather`.
+            way: takes the phase, returns once all ranks have called it, and raises as `gather`; None: the store again.
         """
         self._way = way
 

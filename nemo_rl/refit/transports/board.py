@@ -53,7 +53,7 @@ class Board:
             told = control.gather("connect", json.dumps([os.getpid(), made]).encode())
             pids, files = zip(*(json.loads(told[rank]) for rank in range(control.world.size)), strict=True)
             words = _map(control, pids[first], files[first], size)
-            control.gather("connect", b"")
+            control.meet("connect")
         finally:
             if made >= 0:
                 os.close(made)

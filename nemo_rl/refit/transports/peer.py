@@ -92,6 +92,7 @@ class Peer:
         self._starts = -1, []
         self._memory.close()
         if self._board is not None:
+            self._control.meet_by(None)  # whoever moves next, after links were measured, may have no board
             self._board.close()
 
     # ---- who moves what

@@ -182,7 +182,7 @@ class _Runner:
         try:
             for _ in range(1 + _REPEAT):
                 tracker = case.tracker(self.rank, views)
-                self._control.gather("connect", b"")
+                self._control.meet("connect")
                 started = time.monotonic()
                 mover.run(case.plan.bulk, held, tracker, self._control.deadline_s)
                 finish(self.device, started + self._control.deadline_s)
@@ -309,7 +309,7 @@ def _digest_rates(control: Control, device: torch.device) -> tuple[float, float]
 def _digest_s(control: Control, pieces: Pieces, views: Mapping[int, torch.Tensor], count: int) -> float:
     took = []
     for _ in range(1 + _REPEAT):
-        control.gather("connect", b"")
+        control.meet("connect")
         started = time.monotonic()
         ledger = Ledger(count)
         pieces.take(views, ledger)
@@ -321,7 +321,7 @@ def _digest_s(control: Control, pieces: Pieces, views: Mapping[int, torch.Tensor
 def _meet_s(control: Control) -> float:
     started = time.monotonic()
     for _ in range(_REPEAT):
-        control.gather("connect", b"")
+        control.meet("connect")
     return _worst(control, (time.monotonic() - started) / _REPEAT)
 
 
