@@ -4,6 +4,9 @@ Needs NCCL 2.30.7, preloaded, with nccl4py and nccl-extensions. Calls are issued
 (`resharding.reshards`), and nothing else of this session uses their communicator. Each call packs, waits for all ranks
 and unpacks by itself, and calls cannot be grouped where there is no RDMA-capable NIC: many small ones leave the link
 idle most of the time, so tensors of one buffer go in one call, and very small ones as parcels.
+
+nccl4py 0.6.0 is built for NCCL 2.32.3: what passes it a versioned structure (`Communicator.properties`, a `NCCLConfig`)
+is refused by 2.30.7. So multicast is told by the environment, which is all that turns it off, and not by properties.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
+from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
@@ -26,13 +30,15 @@ from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.nccl_lanes import within
-from nemo_rl.refit.transports.own_nccl import keep_variable
+from nemo_rl.refit.transports.own_nccl import keep_variable, variable
 from nemo_rl.refit.transports.resharding import SLOT_BYTES, Reshard, Said, Side, reshards
 
 log = logging.getLogger(__name__)
 
 _NCCL = 23007
 _PACKAGES = ("nccl.core", "nccl.m2n")
+_NVLS = "NCCL_NVLS_ENABLE"
+_CLOSE_S = 10.0
 
 
 def missing() -> str | None:
@@ -43,7 +49,9 @@ def missing() -> str | None:
     found = _nccl_version()
     if found < _NCCL:
         return f"NCCL is {found}, m2n needs {_NCCL}: preload its libnccl.so.2 (LD_PRELOAD) before torch loads another"
-    return None
+    if variable(_NVLS) != MULTICAST_OFF[_NVLS]:
+        return f"{_NVLS} is {variable(_NVLS)}, m2n's windows would use NVLink multicast: start with {_NVLS}=0"
+    return NcclM2n.lost or None
 
 
 def _found(name: str) -> bool:
@@ -66,13 +74,18 @@ def _nccl_version() -> int:
 class NcclM2n:
     """A communicator of nccl4py's and m2n's handle; every rank makes one at the same time.
 
+    Attributes:
+        lost: why this process cannot use m2n again; empty while it can.
+
     Raises:
         TimeoutError: some rank did not connect.
-        RuntimeError: NCCL refuses, or would use multicast.
+        nccl.bindings.nccl.NCCLError: NCCL refuses.
     """
 
+    lost: ClassVar[str] = ""
+
     def __init__(self, setting: Setting) -> None:
-        keep_variable("NCCL_RESHARD_PACK_BUFFSIZES", f"{SLOT_BYTES}:1")
+        keep_variable("NCCL_RESHARD_PACK_BUFFSIZES", f"{SLOT_BYTES}:1")  # read when the first handle is made
         import nccl.core
         import nccl.m2n
 
@@ -85,30 +98,40 @@ class NcclM2n:
     def _connect(self, setting: Setting, name: bytes) -> None:
         size, rank = setting.plan.world.size, setting.rank
         with torch.cuda.device(self._device):
-            comm = self._core.Communicator.init(size, rank, self._core.UniqueId.from_bytes(name))
-            if comm.properties.multimem_support:
-                comm.abort()
-                raise RuntimeError("NCCL would use NVLink multicast; set NCCL_NVLS_ENABLE=0 before it loads")
-            self._comm, self._handle = comm, self._m2n.Handle.create()
+            self._handle = self._m2n.Handle.create()
+            self._comm = self._core.Communicator.init(size, rank, self._core.UniqueId.from_bytes(name))
 
     def reshard(self, call: Reshard, rank: int) -> None:
-        """Start on the current stream."""
+        """Start on the current stream of the session's device."""
         ends: dict[str, Any] = {}
         for name, side in (("src", call.src), ("dst", call.dst)):
             ends[name] = call.address[rank] if rank in side.ranks else None
             ends[f"{name}_mesh"] = self._m2n.Mesh(side.mesh, side.start)
             ends[f"{name}_placements"] = self._placements(side)
             ends[f"{name}_local_shape"], ends[f"{name}_dtype"] = side.local, call.dtype
-        stream = torch.cuda.current_stream(self._device)
-        self._m2n.reshard(comm=self._comm, stream=stream, handle=self._handle, **ends)
+        with torch.cuda.device(self._device):  # m2n refuses a communicator of another device
+            self._m2n.reshard(comm=self._comm, stream=torch.cuda.current_stream(), handle=self._handle, **ends)
 
     def _placements(self, side: Side) -> tuple[object, ...]:
         return tuple(self._m2n.Replicate() if dim is None else self._m2n.Shard(dim) for dim in side.dims)
 
     def close(self) -> None:
-        """Abort what is in flight; idempotent."""
+        """Give back m2n's buffers and the communicator, or say that this process has lost m2n; idempotent."""
         comm, self._comm = self._comm, None
-        if comm is not None:
+        if comm is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            within(_CLOSE_S, lambda: self._give_back(comm, stream), "giving back m2n's buffers")
+        except Exception as error:  # those of NCCL's packages are of no common kind
+            NcclM2n.lost = f"m2n was left in the middle of a call ({error}): start this process again, or use 'nccl'"
+            log.warning("%s", NcclM2n.lost)
+
+    def _give_back(self, comm: Any, stream: torch.cuda.Stream) -> None:
+        """The handle first: m2n keeps windows by the communicator's address, which a later one may have again."""
+        with torch.cuda.device(self._device):
+            stream.synchronize()
+            self._handle.destroy()
             comm.abort()
 
 
@@ -199,7 +222,7 @@ class M2n:
     def _reshard(self, call: Reshard) -> None:
         try:
             self._library.reshard(call, self._rank)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # those of NCCL's packages are of no common kind
             name = self._plan.names[call.tensors[0]]
             raise TransferError(
                 f"m2n refused {name} ({len(call.tensors)} tensors in one call, {call.src} -> {call.dst}): {error}",

@@ -24,6 +24,11 @@ def make_group(
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
+def variable(name: str) -> str | None:
+    """What a library of NCCL's finds in the environment; None where it finds nothing."""
+    return os.environ.get(name)
+
+
 def keep_variable(name: str, value: str) -> None:
     """Set what a library of NCCL's takes from the environment alone, at a time of its own."""
     os.environ[name] = value

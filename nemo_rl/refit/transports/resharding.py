@@ -25,6 +25,12 @@ MAX_DIMS = 3
 SLOT_BYTES = 512 << 20
 """Of m2n's pack buffer, which a shard must fit into; what it takes by default is 2 GiB a device."""
 
+MAX_RANKS = 64
+"""Of the communicator."""
+
+MAX_SOURCES = 16
+"""Shards of the source."""
+
 LEAST_BYTES = 1 << 20
 """Into each destination; what a call has less of goes as parcels."""
 
@@ -75,6 +81,10 @@ class Side:
     def ranks(self) -> range:
         return range(self.start, self.start + math.prod(self.mesh))
 
+    @property
+    def shards(self) -> int:
+        return math.prod(size for size, dim in zip(self.mesh, self.dims, strict=True) if dim is not None)
+
     def stacked(self, count: int, sources: int = 1) -> Side:
         """Of `count` such tensors along a new first dim, spread over `sources` neighbours where there are several."""
         if sources > 1:
@@ -113,8 +123,8 @@ def reshards(
         said: of every rank.
         takers: tensor number -> ranks that receive a part of it.
     """
-    if world.shared:
-        return [], dict.fromkeys(takers, f"ranks {list(world.shared)} are on both sides")
+    if reason := _never(world):
+        return [], dict.fromkeys(takers, reason)
     singles: list[Reshard] = []
     reasons: dict[int, str] = {}
     rows = {rank: _by_tensor(one) for rank, one in said.items()}
@@ -132,6 +142,17 @@ def reshards(
         else:
             calls.append(call)
     return calls, reasons
+
+
+def _never(world: World) -> str | None:
+    """Why no tensor at all can go."""
+    if world.shared:
+        return f"ranks {list(world.shared)} are on both sides"
+    if world.size > MAX_RANKS:
+        return f"{world.size} ranks, {MAX_RANKS} are possible"
+    if max(world.trainers) > min(world.generators):
+        return "trainers' ranks do not come before generators'"
+    return None
 
 
 def _by_tensor(said: Said) -> dict[int, list[_Row]]:
@@ -166,6 +187,8 @@ def _single(
             return f"{name}: {side}"
         if math.prod(side.local) * meta.dtype.itemsize > SLOT_BYTES:
             return f"{name}: a shard of more than {SLOT_BYTES} bytes"
+        if name == "source" and side.shards > MAX_SOURCES:
+            return f"source: {side.shards} shards, {MAX_SOURCES} are possible"
         sides.append(side)
         address |= {rank: held[0][2] for rank, held in mine.items()}
     return Reshard((tensor,), meta.dtype, sides[0], sides[1], address)
@@ -254,6 +277,7 @@ def _next_source(parts: Sequence[Sequence[Reshard]], run: Sequence[Reshard], roo
         len(last.src.ranks) == len(first.src.ranks) == 1
         and first.src.start == last.src.start + 1
         and len(run) == len(parts[-1])
+        and len(parts) < MAX_SOURCES
         and (len(parts) + 1) * len(run) * math.prod(first.dst.local) * first.dtype.itemsize <= SLOT_BYTES
         and _adjacent(last, first, first.dst, room)
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import random
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -111,6 +113,8 @@ def test_a_call_fits_the_slot(monkeypatch):
     ("change", "reason"),
     [
         (lambda t, s: (t, s, World((0, 1, 2), (2, 3))), "on both sides"),
+        (lambda t, s: (t, s, World((2, 3), (0, 1))), "do not come before"),
+        (lambda t, s: (t, s, World.of(2, 63)), "65 ranks, 64 are possible"),
         (lambda t, s: ({n: m.__class__(m.shape, torch.bool) for n, m in t.items()}, s, WORLD), "dtype torch.bool"),
         (lambda t, s: ({n: m.__class__((2, 1, 2, 6), m.dtype) for n, m in t.items()}, s, WORLD), "4 dims"),
         (lambda t, s: (t, experts(in_place=(True, False))[1], WORLD), "not in final storage on ranks [3]"),
@@ -130,6 +134,16 @@ def test_every_limit_has_its_reason(change, reason):
 def test_a_shard_beyond_the_slot_is_refused(monkeypatch):
     monkeypatch.setattr(resharding, "SLOT_BYTES", 50)
     assert "a shard of more than 50 bytes" in calls_of(*experts())[1][0]
+
+
+def test_more_shards_than_m2n_has_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr(resharding, "LEAST_BYTES", 1)
+    monkeypatch.setattr(resharding, "MAX_SOURCES", 1)
+    calls, reasons = calls_of(*experts())
+    assert not reasons and len(calls) == 2, "one source in each call"
+    table = make_table({"w": ((8, 6), torch.float32)})
+    rows = {r: said((0, (4 * (r % 2), 0), (4, 6), 1000, r, True)) for r in range(4)}
+    assert calls_of(table, rows)[1] == {0: "source: 2 shards, 1 are possible"}
 
 
 def doubled(one):
@@ -257,4 +271,67 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(m2n, "_nccl_version", lambda: 22809)
     assert "NCCL is 22809, m2n needs 23007" in m2n.missing() and "LD_PRELOAD" in m2n.missing()
     monkeypatch.setattr(m2n, "_nccl_version", lambda: 23007)
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    assert "NCCL_NVLS_ENABLE is None, m2n's windows would use NVLink multicast" in m2n.missing()
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
     assert m2n.missing() is None
+
+
+class Called(list):
+    """A stand-in for NCCL's packages: what was called, in order; what is named in `fails` raises."""
+
+    fails: frozenset[str] = frozenset()
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.append((name, args, kwargs))
+            if name in self.fails:
+                raise OSError(f"{name} failed")
+            return self
+
+        return call
+
+
+@pytest.fixture
+def nccl_m2n(monkeypatch):
+    """`NcclM2n` of rank 2 of 4, over stand-ins for NCCL's packages and CUDA, with what it calls."""
+    called = Called()
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+    stream = types.SimpleNamespace(synchronize=lambda: called.append(("synchronize", (), {})))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(m2n.NcclM2n, "lost", "")
+    library = object.__new__(m2n.NcclM2n)
+    library._m2n, library._comm, library._handle, library._device = called, called, called, torch.device("cpu")
+    return library, called
+
+
+def test_a_rank_gives_what_it_has_and_the_layout_of_both_sides(nccl_m2n):
+    """An address on the side that a rank is on; shapes and dtypes of both sides on every rank."""
+    library, called = nccl_m2n
+    src, dst = Side(0, (2,), (0,), (2, 4, 6)), Side(2, (2,), (None,), (4, 4, 6))
+    library.reshard(resharding.Reshard((0,), torch.bfloat16, src, dst, {0: 1, 1: 2, 2: 30, 3: 40}), 2)
+    assert [(name, args) for name, args, _ in called[:-1]] == [
+        *(("Mesh", ((2,), 0)), ("Shard", (0,)), ("Mesh", ((2,), 2)), ("Replicate", ())),
+    ]
+    given = called[-1][2]
+    assert (given["src"], given["dst"]) == (None, 30)
+    assert (given["src_local_shape"], given["dst_local_shape"]) == ((2, 4, 6), (4, 4, 6))
+    assert given["src_dtype"] is given["dst_dtype"] is torch.bfloat16
+
+
+def test_windows_are_given_back_before_the_communicator_they_are_kept_by(nccl_m2n):
+    library, called = nccl_m2n
+    library.close()
+    library.close()
+    assert [name for name, *_ in called] == ["synchronize", "destroy", "abort"] and not m2n.NcclM2n.lost
+
+
+def test_m2n_that_could_not_be_given_back_is_not_used_again(nccl_m2n, monkeypatch):
+    library, called = nccl_m2n
+    called.fails = frozenset({"destroy"})
+    library.close()
+    assert [name for name, *_ in called] == ["synchronize", "destroy"], "windows may still be read"
+    monkeypatch.setattr(m2n, "_found", lambda name: True)
+    monkeypatch.setattr(m2n, "_nccl_version", lambda: 23007)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    assert "destroy failed" in m2n.missing() and "start this process again" in m2n.missing()
