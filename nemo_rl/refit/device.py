@@ -19,6 +19,9 @@ MULTICAST_OFF: Mapping[str, str] = {
 NVLink multicast needs a fabric manager that containers often lack, and can take all GPUs of a host out of service.
 """
 
+_CLOSELY_S = 2e-4
+"""For so long waits look without a pause: a sleep takes longer than what is about to end."""
+
 _SIDE: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -34,10 +37,13 @@ def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: 
     """
     if device.type != "cuda":
         return
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(device))
-    pause = 20e-6
+    stream = torch.cuda.current_stream(device)
+    if stream.query():
+        return
+    done, pause, closely = stream.record_event(), 20e-6, time.monotonic() + _CLOSELY_S
     while not done.query():
+        if time.monotonic() < closely:
+            continue
         if time.monotonic() > end:
             raise TimeoutError(f"work on {device} was not done within the deadline")
         look()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +12,7 @@ from nemo_rl.refit.transports.steps import Batch, Schedule
 
 Done = Callable[[], bool]
 _MOST_RUNNING = 4  # batches: enough to keep links full, few enough for calls that start copies never to wait
+_CLOSELY_S = 1e-3  # of a refit: looks without a pause, once only the last step is left
 
 
 class Carrier:
@@ -49,7 +52,7 @@ class Carrier:
             starts: start the batches that this rank moves, one each, in their order.
             mark: what tells whether all that was started before is done.
             landed: called with the number of each step that landed here, in order.
-            idle: called while there is nothing else to do.
+            idle: called between two batches and while there is nothing else to do.
             end: deadline (monotonic).
 
         Raises:
@@ -64,17 +67,38 @@ class Carrier:
         awaited = self._awaited()
 
         def done() -> bool:
-            self._start(starts, mark)
+            self._start(starts, mark, idle)
             self._tell()
             over = not self._waiting and not self._running and not self._late(awaited)
             self._take(landed)  # behind the look that ends it: what is said in between lands too
-            idle()
+            if not over:
+                idle()
             return over
 
-        self._board.until(done, awaited, "transfer", end)
+        self._board.until(self._closely(done), awaited, "transfer", end)
         self._refits += 1
 
-    def _start(self, starts: Sequence[Callable[[], None]], mark: Callable[[], Done]) -> None:
+    def _closely(self, done: Done) -> Done:
+        """`done`, looked at again and again where all but the last step is: what is seen late delays all ranks."""
+        left_s = _CLOSELY_S
+
+        def look() -> bool:
+            nonlocal left_s
+            started = time.monotonic()
+            while not (over := done()) and self._last_step_left and time.monotonic() < started + left_s:
+                os.sched_yield()
+            if self._last_step_left:
+                left_s -= time.monotonic() - started
+            return over
+
+        return look
+
+    @property
+    def _last_step_left(self) -> bool:
+        landing = self._schedule.num_steps.get(self._rank, 0) - self._landed
+        return not self._waiting and len(self._running) <= 1 and landing <= 1
+
+    def _start(self, starts: Sequence[Callable[[], None]], mark: Callable[[], Done], idle: Callable[[], None]) -> None:
         """Whatever the givers of the next batches have; batches keep their order."""
         while self._waiting and len(self._running) < _MOST_RUNNING:
             number = self._waiting[0]
@@ -84,6 +108,7 @@ class Carrier:
             starts[number]()
             self._running.append((self._waiting.popleft(), mark()))
             self._tell()
+            idle()
 
     def _tell(self) -> None:
         while self._running and self._running[0][1]():

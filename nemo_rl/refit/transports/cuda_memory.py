@@ -20,7 +20,7 @@ from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports import vmm
 from nemo_rl.refit.transports.chunks import place, runs_of
-from nemo_rl.refit.transports.copy_engine import CopyEngine, Parts
+from nemo_rl.refit.transports.copy_engine import CopyEngine, Parts, Start
 
 _BEACONS: dict[int, tuple[torch.Tensor, bytes]] = {}
 
@@ -103,7 +103,8 @@ class CudaMemory:
         return 0
 
     def prepare(self, peer: int, jobs: Jobs, *, put: bool, ordered: bool) -> Callable[[], None]:
-        """What starts `jobs` before what the current stream is given next, and, `ordered`, after all it was given."""
+        """What starts `jobs`: beside the current stream, or, `ordered`, after all it was given and before what it is
+        given next. `mark` says when they are done."""
         parts = self._engine.prepare(jobs, self._rooms(jobs))
 
         def start() -> None:
@@ -171,31 +172,41 @@ class _Lanes:
 
     A kernel never runs ahead of the engines' batch, and engines are at most one batch ahead of kernels: neither waits
     while the other ends a batch, and no batch is far from its place in the order that pairs ranks. Both come before
-    what else the device computes, such as digests of what landed.
+    what else the device computes, such as digests of what landed. A batch costs its stream nothing that it has no part
+    in: calls to the runtime are what small batches wait for.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._engines, self._kernels = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
-        self._behind: deque[torch.cuda.Event] = deque(maxlen=2)  # kernels of the last two batches
+        self._behind: deque[torch.cuda.Event | None] = deque([None, None], maxlen=2)  # kernels of the last two batches
+        self._ends: dict[torch.cuda.Stream, torch.cuda.Event] = {}  # of what each was given last
 
     def start(self, parts: Parts, ordered: bool) -> None:
-        current = torch.cuda.current_stream(self._device)
-        lanes = (self._engines, parts.engines), (self._kernels, parts.kernel)
-        self._kernels.wait_stream(self._engines)  # as they are before this batch
-        if len(self._behind) == 2:
-            self._engines.wait_event(self._behind[0])
-        for stream, begin in lanes:
-            if ordered:
-                stream.wait_stream(current)
-            if begin is not None:
-                begin(stream)
-        self._behind.append(self._kernels.record_event())
-        current.wait_stream(self._kernels)
-        current.wait_stream(self._engines)
+        """See `CudaMemory.prepare`."""
+        if ordered:
+            for stream in (self._engines, self._kernels):
+                stream.wait_stream(torch.cuda.current_stream(self._device))
+        if parts.kernel is not None and self._engines in self._ends:
+            self._kernels.wait_event(self._ends[self._engines])  # as they are before this batch
+        if parts.engines is not None:
+            if (kernel := self._behind[0]) is not None:
+                self._engines.wait_event(kernel)
+            self._begin(self._engines, parts.engines)
+        if parts.kernel is not None:
+            self._begin(self._kernels, parts.kernel)
+        self._behind.append(None if parts.kernel is None else self._ends[self._kernels])
+        if ordered:
+            for event in self._ends.values():
+                torch.cuda.current_stream(self._device).wait_event(event)
+
+    def _begin(self, stream: torch.cuda.Stream, start: Start) -> None:
+        start(stream)
+        self._ends[stream] = stream.record_event()
 
     def mark(self) -> list[torch.cuda.Event]:
-        return [self._engines.record_event(), self._kernels.record_event()]
+        """Events that come when all that was started so far is done."""
+        return list(self._ends.values())
 
 
 def _base(address: int) -> int:
