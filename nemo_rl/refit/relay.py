@@ -21,7 +21,7 @@ from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.pipeline import IN_PLACE
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 
-MOST_STEPS = 128
+MOST_STEPS = 256
 """Of a chain: what its last rank waits for the first step costs a share of `1 / MOST_STEPS` a link of the chain."""
 
 

@@ -16,7 +16,10 @@ from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.relay import Relay
 
 MOST_STEPS = 16
-"""Of a group: what landed is digested step by step, and only the last step's digests are left in the end."""
+"""Of a group, but for the taker's last steps: what landed is digested step by step."""
+_LESS = 4
+"""The last steps are each so many times smaller than the one before, as digests are faster than links: when the last
+one landed, only its own digests are left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,18 +107,29 @@ def _of_taker(
 
 
 def _cut(group: np.ndarray, num_bytes: np.ndarray, step_bytes: int) -> np.ndarray:
-    """Number of the step of each copy: runs of one group, each in at most `MOST_STEPS` parts of about equal bytes."""
+    """Number of the step of each copy: runs of one group, each in at most `MOST_STEPS` parts of about equal bytes, of
+    which the last run's last part is cut once more, as `_LESS` says."""
     step = np.zeros(len(group), np.int64)
-    first = 0
-    for number in np.unique(group):
+    first, numbers = 0, np.unique(group)
+    for number in numbers:
         here = np.flatnonzero(group == number)
-        total = int(num_bytes[here].sum())
-        count = min(MOST_STEPS, max(1, total // step_bytes))
         middle = np.cumsum(num_bytes[here]) - num_bytes[here] // 2
-        part = np.minimum(middle * count // max(total, 1), count - 1)
+        ends = _ends(int(num_bytes[here].sum()), step_bytes, last=number == numbers[-1])
+        part = np.searchsorted(ends, middle, side="right")
         step[here] = first + np.unique(part, return_inverse=True)[1].reshape(-1)
         first = int(step[here].max()) + 1
     return step
+
+
+def _ends(total: int, step_bytes: int, last: bool) -> list[float]:
+    """Bytes at which all but the last of a run's steps end."""
+    count = min(MOST_STEPS, max(1, total // step_bytes))
+    size = total / count
+    ends = [size * i for i in range(1, count)]
+    while last and size > 2 * step_bytes:
+        size /= _LESS
+        ends.append(total - size)
+    return ends
 
 
 def _pairings(copies: CopyTable) -> np.ndarray:

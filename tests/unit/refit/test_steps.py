@@ -10,7 +10,7 @@ import pytest
 
 from nemo_rl.refit.transports.carry import Carrier
 from nemo_rl.refit.transports.peer import _staged
-from nemo_rl.refit.transports.steps import MOST_STEPS, Schedule
+from nemo_rl.refit.transports.steps import MOST_STEPS, Schedule, _cut
 
 from .test_relay import case
 
@@ -88,7 +88,16 @@ def test_ranks_are_paired_at_every_turn(size, written):
     assert len(first) == size
     for pairs in first.values():
         assert len(pairs) == len({g for g, _ in pairs}) == len({t for _, t in pairs}) == size
-    assert max(schedule.num_steps.values()) <= MOST_STEPS * size
+    assert max(schedule.num_steps.values()) <= MOST_STEPS * size + 1
+
+
+def test_only_the_last_steps_are_smaller():
+    """What is left to digest when the last one landed is little, and no step is worth less than telling of it."""
+    group, num_bytes = np.repeat([0, 1], 32 * MOST_STEPS), np.full(64 * MOST_STEPS, STEP_BYTES)
+    sizes = np.bincount(_cut(group, num_bytes, STEP_BYTES), num_bytes) // STEP_BYTES
+    assert sizes.tolist() == [32] * (2 * MOST_STEPS - 1) + [24, 6, 2]
+    few = np.bincount(_cut(group[-8:], num_bytes[-8:], STEP_BYTES), num_bytes[-8:]) // STEP_BYTES
+    assert few.tolist() == [1] * 8
 
 
 @pytest.mark.parametrize("written", [False, True])
