@@ -68,3 +68,9 @@ def beside(device: torch.device) -> Iterator[None]:
     _SIDE[device].wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(_SIDE[device]):
         yield
+
+
+def rejoin(device: torch.device) -> None:
+    """What the current stream of `device` is given next runs behind all that was started `beside` it."""
+    if device in _SIDE:
+        torch.cuda.current_stream(device).wait_stream(_SIDE[device])

@@ -169,12 +169,17 @@ class Tracker:
         Args:
             digested: nothing that is still to come writes where `part` landed: digest it if it has what does so.
         """
-        if self._verify and digested and part.pieces is not None:
-            part.pieces.take(self.rows(IN_PLACE), self.ledger)
+        if digested:
+            self.digest(part)
         for unit, count in part.counts.items():
             self._left[unit] -= count
             if self._left[unit] == 0:
                 self._close(unit)
+
+    def digest(self, part: Part) -> None:
+        """Read `part` on the current stream if it has what does so; nothing that is still to come writes there."""
+        if self._verify and part.pieces is not None:
+            part.pieces.take(self.rows(IN_PLACE), self.ledger)
 
     def _close(self, unit: int) -> None:
         if unit != IN_PLACE:

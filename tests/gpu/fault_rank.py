@@ -7,6 +7,7 @@ Plays three refits of one session, of which the last one meets the fault, and th
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from nemo_rl.refit.session import RefitSession
 from tests.unit.refit.simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
 
 DEADLINE_S = 6.0
+HANGS_S = 50.0  # then a rank says in its log where each of its threads is
 COUNT, SHAPE = 24, (1024, 512)
 TABLE = make_table({f"layers.{i}.w": (SHAPE, torch.float32) for i in range(COUNT)} | {"norm": ((7,), torch.bfloat16)})
 ROWS = [(name, Region.whole(meta.shape)) for name, meta in TABLE.items()]
@@ -210,6 +212,7 @@ def main() -> None:
     p.add_argument("--fault", default="killed", choices=("killed", "damaged"))
     p.add_argument("--replaces", action="store_true", help="come for a rank that was killed")
     options = p.parse_args()
+    faulthandler.dump_traceback_later(HANGS_S)
     if options.transport == "peer":
         from nemo_rl.refit.transports.mapped import memory_of
 

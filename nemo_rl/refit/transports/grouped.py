@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nemo_rl.refit.device import beside, rejoin
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
@@ -32,6 +34,9 @@ SLOTS_AHEAD = 3
 
 STAGING_BYTES = 512 << 20
 """Of all slots of a rank, where two for each direction fit into it."""
+
+DIGEST_BYTES = 256 << 20
+"""Of parcels that are looked at together as soon as they landed: each launch takes time of the host's."""
 
 _LOOK_S = 0.1
 
@@ -61,7 +66,9 @@ class Grouped:
         self._depth = self._num_slots()
         self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
         self._groups: list[list[Parcel]] | None = None
+        self._final: dict[int, bool] = {}  # group -> all of its parcel lands in final storage
         self._parts: dict[tuple[int, int], Part] = {}
+        self._landed: list[Parcel] = []  # in final storage, not looked at yet
         self._proven = False
         self._seen: Callable[[int, Region], object] | None = None
 
@@ -81,15 +88,28 @@ class Grouped:
         if self._groups is None or moved:
             self._groups = self._agree(copies, tracker) if self._groups is None else self._groups
             self._fit(copies, self._groups, tracker)
-        posted: list[_Posted] = []
-        for number, group in enumerate(self._groups):
-            if number >= self._depth:
-                self._settle(posted[number - self._depth], copies, tracker, end)
-            posted.append(self._post(number, group, copies, tracker))
-        for one in posted[-self._depth :]:
-            self._settle(one, copies, tracker, end)
+        # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
+        with self._lanes.ahead() if tracker is None else nullcontext():
+            posted = self._run(self._groups, copies, tracker, end)
         self._finish(posted, copies, end)
         return Traffic(*copies.wire_bytes(self._rank), self._out.staging_bytes + self._in.staging_bytes)
+
+    def _run(
+        self, groups: Sequence[Sequence[Parcel]], copies: CopyTable, tracker: Tracker | None, end: float
+    ) -> list[_Posted]:
+        posted: list[_Posted] = []
+        look = self._meanwhile()
+        for number, group in enumerate(groups):
+            if number >= self._depth:
+                self._settle(number - self._depth, posted, copies, tracker, end)
+            posted.append(self._post(number, group, copies, tracker))
+            look()
+        for number in range(max(0, len(posted) - self._depth), len(posted)):
+            self._settle(number, posted, copies, tracker, end)
+        if tracker is not None:
+            self._look_at_landed(tracker)
+            rejoin(self._setting.device)
+        return posted
 
     def close(self) -> None:
         self._lanes.close()
@@ -118,10 +138,12 @@ class Grouped:
     def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
         """Tell every source in which order its bytes come, hear it from every destination."""
         pairs = pairs_of(self._rank, copies, self._skip)
+        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, self._num_lanes, self._limit)
         orders = {}
         if tracker is not None:
             lands = self._lands_in_place(copies, tracker)
-            orders = {pair: self._order(copies, pair, lands) for pair in pairs if pair[1] == self._rank}
+            own = [pair for pair in pairs if pair[1] == self._rank]
+            orders = {pair: self._order(copies, pair, lands, rules.limit_of(*pair)) for pair in own}
         said = self._setting.control.exchange(
             "transfer",
             {src: pack([], {"copies": o.copies, "ends": o.ends}) for (src, _), o in orders.items()},
@@ -129,17 +151,16 @@ class Grouped:
         )
         for dst, told in said.items():
             orders[self._rank, dst] = Order(**unpack(told)[1])
-        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, self._num_lanes, self._limit)
         return groups_of(parcels_of(self._rank, rules, orders))
 
-    def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray) -> Order:
+    def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray, limit: int) -> Order:
         """Of what this rank gets from `pair[0]` into final storage."""
         of_pair = np.flatnonzero((copies.src_rank == pair[0]) & (copies.dst_rank == pair[1]))
         chosen = np.flatnonzero(lands[of_pair])
         if not len(chosen):
             return Order(chosen, chosen)
         where, room = self._in.places(copies, of_pair[chosen]), self._in.rooms(copies, of_pair[chosen])
-        order, ends = wire_order(where.address, where.num_bytes, where.item, room, where.dense, self._limit)
+        order, ends = wire_order(where.address, where.num_bytes, where.item, room, where.dense, limit)
         return Order(chosen[order], ends)
 
     def _num_bytes(self, copies: CopyTable) -> np.ndarray:
@@ -165,11 +186,9 @@ class Grouped:
                     self._out.fit(number, copies, parcel, opens_later=False)
                 else:
                     assert tracker is not None
-                    self._in.fit(number, copies, parcel, not self._final(copies, parcel, tracker))
-
-    def _final(self, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> bool:
-        """Whether all of a parcel lands in final storage."""
-        return bool((tracker.layout.unit[copies.dst_row[parcel.copies]] == IN_PLACE).all())
+                    units = tracker.layout.unit[copies.dst_row[parcel.copies]]
+                    self._final[number] = bool((units == IN_PLACE).all())
+                    self._in.fit(number, copies, parcel, not self._final[number])
 
     # ---- one group
 
@@ -193,7 +212,7 @@ class Grouped:
         return _Posted(outgoing, incoming, flight)
 
     def _room(self, number: int, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> Load:
-        if self._final(copies, parcel, tracker):
+        if self._final[number]:
             return self._in.load(number, copies, parcel)
         return self._in.load_into(number, copies, parcel, self._opened(copies, parcel, tracker), tracker.layout)
 
@@ -206,27 +225,47 @@ class Grouped:
         there = self._setting.sources[self._rank], self._out.rows
         here = tracker.layout, Rows.of(views, tracker.layout)
         self._lanes.prepare(jobs_of(self._plan, copies, parcel.copies, there, here))()
-        tracker.arrived(self._part(parcel, tracker), self._proven)
+        tracker.arrived(self._part([parcel], tracker), self._proven)
 
-    def _settle(self, posted: _Posted, copies: CopyTable, tracker: Tracker | None, end: float) -> None:
+    def _settle(
+        self, number: int, posted: Sequence[_Posted], copies: CopyTable, tracker: Tracker | None, end: float
+    ) -> None:
         """What comes next on the current stream finds the group's bytes in place and its slots free."""
-        if posted.flight is None:
+        one = posted[number]
+        if one.flight is None:
             return
         try:
-            posted.flight.wait(end - time.monotonic())
+            one.flight.wait(end - time.monotonic())
         except RuntimeError as error:
-            raise self._failed([posted], copies, str(error)) from error
-        for load in posted.incoming:
+            raise self._failed([one], copies, str(error)) from error
+        for load in one.incoming:
             assert tracker is not None
             if load.copy is not None:
                 load.copy()
-            tracker.arrived(self._part(load.parcel, tracker), self._proven)
+            if self._final[number]:
+                self._landed.append(load.parcel)
+            else:
+                tracker.arrived(self._part([load.parcel], tracker), self._proven)
+        if tracker is not None and sum(parcel.num_bytes for parcel in self._landed) >= DIGEST_BYTES:
+            self._look_at_landed(tracker)
 
-    def _part(self, parcel: Parcel, tracker: Tracker) -> Part:
-        """What lands with a parcel; its digests are taken at once where it lands for good."""
-        key = parcel.src_rank, parcel.number
+    def _look_at_landed(self, tracker: Tracker) -> None:
+        """In one launch, beside what is still to come."""
+        landed, self._landed = self._landed, []
+        if not landed:
+            return
+        part = self._part(landed, tracker)
+        if self._proven:
+            with beside(self._setting.device):
+                tracker.digest(part)
+        tracker.arrived(part, digested=False)
+
+    def _part(self, landed: Sequence[Parcel], tracker: Tracker) -> Part:
+        """What lands with parcels that land together in every refit; kept by the first of them."""
+        key = landed[0].src_rank, landed[0].number
         if key not in self._parts:
-            self._parts[key] = tracker.arrivals.part(parcel.copies, digested=True)
+            copies = np.concatenate([parcel.copies for parcel in landed])
+            self._parts[key] = tracker.arrivals.part(copies, digested=True)
         return self._parts[key]
 
     # ---- the end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,9 @@ class Lanes(Protocol):
     def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
         """Start a group after what the current stream was given so far; ranks' groups of a lane match in order."""
 
+    def ahead(self) -> AbstractContextManager[None]:
+        """What is started inside goes before other work of the device, and what comes behind it waits for it."""
+
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         """What starts copying `jobs` within this rank on the current stream, as often as wanted."""
 
@@ -81,6 +85,9 @@ class HostLanes:
         started: list[Pending] = [self._channel.send(p.buffer, p.peer, p.tag) for p in sends]
         started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]
         return _HostFlight(started)
+
+    def ahead(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         return self._memory.prepare(os.getpid(), jobs, put=False, ordered=True)

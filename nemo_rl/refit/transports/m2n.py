@@ -30,7 +30,7 @@ from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.nccl_lanes import within
-from nemo_rl.refit.transports.own_nccl import keep_variable, variable
+from nemo_rl.refit.transports.own_nccl import abort_together, keep_variable, variable
 from nemo_rl.refit.transports.resharding import SLOT_BYTES, Reshard, Said, Side, reshards
 
 log = logging.getLogger(__name__)
@@ -182,8 +182,7 @@ class M2n:
         return traffic
 
     def close(self) -> None:
-        self._library.close()
-        self._lanes.close()
+        abort_together([self._library.close, self._lanes.close])
 
     def _say(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bytes:
         """Where this rank's rows lie; nothing where they are where they were."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.nccl_lanes import NcclLanes
-from nemo_rl.refit.transports.own_nccl import make_group
+from nemo_rl.refit.transports.own_nccl import abort_together, make_group
 
 
 class _Work:
@@ -63,9 +63,8 @@ class NcclChannel:
 
     def close(self) -> None:
         """Abort what is in flight; idempotent."""
-        while self._groups:
-            _, group = self._groups.popitem()
-            group.abort()
+        groups, self._groups = self._groups, {}
+        abort_together([group.abort for group in groups.values()])
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroupNCCL:
         if ranks not in self._groups:

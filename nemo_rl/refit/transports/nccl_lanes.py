@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -13,10 +14,13 @@ import torch.distributed as dist
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.lanes import Post
-from nemo_rl.refit.transports.own_nccl import make_group
+from nemo_rl.refit.transports.own_nccl import abort_together, make_group
 
 PACK_PROGRAMS = 64
 """Programs that pack or spread a parcel: enough to be ahead of the wire, few enough to leave it its bandwidth."""
+
+MAX_CTAS: int | None = None
+"""Of a lane's kernels; NCCL's own choice where it is None."""
 
 _NEVER = timedelta(days=7)  # deadlines are kept by who waits; torch's own would end the process
 
@@ -52,6 +56,7 @@ class NcclLanes:
     ) -> None:
         self._device = device
         self._groups: list[dist.ProcessGroupNCCL] = []
+        self._ahead = torch.cuda.Stream(device, priority=-1)
         within(deadline_s, lambda: self._connect(store, rank, size, count), "making NCCL communicators")
 
     def _connect(self, store: dist.Store, rank: int, size: int, count: int) -> None:
@@ -59,6 +64,8 @@ class NcclLanes:
             for lane in range(count):
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
                 options._timeout = _NEVER
+                if MAX_CTAS is not None:
+                    options.config.max_ctas = MAX_CTAS
                 group = make_group(dist.PrefixStore(f"lane{lane}", store), rank, size, options)
                 group.eager_connect_single_device(self._device)
                 self._groups.append(group)
@@ -75,6 +82,14 @@ class NcclLanes:
             work = group._end_coalescing()
         return _NcclFlight(work)
 
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        outer = torch.cuda.current_stream(self._device)
+        self._ahead.wait_stream(outer)
+        with torch.cuda.stream(self._ahead):
+            yield
+        outer.wait_stream(self._ahead)
+
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         from nemo_rl.refit.transports.strided_kernel import StridedBatch  # Triton comes with CUDA builds of torch
 
@@ -86,8 +101,8 @@ class NcclLanes:
 
     def close(self) -> None:
         """Abort what is in flight; idempotent."""
-        while self._groups:
-            self._groups.pop().abort()
+        groups, self._groups = self._groups, []
+        abort_together([group.abort for group in groups])
 
 
 def within(deadline_s: float, work: Callable[[], None], what: str) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
+log = logging.getLogger(__name__)
+
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_ABORT_S = 12.0  # longest wait for aborts, which take milliseconds; m2n has limits of its own
 
 
 def make_group(
@@ -27,6 +33,29 @@ def make_group(
 def variable(name: str) -> str | None:
     """What a library of NCCL's finds in the environment; None where it finds nothing."""
     return os.environ.get(name)
+
+
+def abort_together(aborts: Sequence[Callable[[], object]]) -> None:
+    """Call all of `aborts` at once, and come back when they are done or take unreasonably long.
+
+    An abort frees memory, which waits for all that runs on the device: also for kernels of communicators that are still
+    waiting for a dead peer, and that only an abort of their own would end.
+    """
+    threads = [threading.Thread(target=_quietly, args=(abort,), name="abort", daemon=True) for abort in aborts]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + _ABORT_S
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    if late := sum(thread.is_alive() for thread in threads):
+        log.error("%d of %d communicators were not aborted within %g s", late, len(threads), _ABORT_S)
+
+
+def _quietly(abort: Callable[[], object]) -> None:
+    try:
+        abort()
+    except Exception as error:  # others are still to be aborted, and the failure that led here is what counts
+        log.warning("a communicator's abort failed: %s", error)
 
 
 def keep_variable(name: str, value: str) -> None:

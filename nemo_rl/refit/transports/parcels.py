@@ -17,8 +17,17 @@ from nemo_rl.refit.plan import CopyTable
 PARCEL_BYTES = 64 << 20
 """Of a parcel at most, where no single message of the plan is longer: NCCL's fixed cost is then a few percent."""
 
-LEAST_IN_PLACE = 4 << 20
-"""Bytes of a contiguous range from which on it is worth a parcel of its own."""
+LEAST_IN_PLACE = 32 << 20
+"""Bytes of a contiguous range from which on it is worth a parcel of its own: a transfer costs more than a copy."""
+
+PARCELS_OF_A_PAIR = 16
+"""At least, down to a quarter of the size: first ones are packed and last ones spread while nothing else moves."""
+
+TURN = 32
+"""Parcels that a rank sends to one peer before it turns to the next.
+
+A link gives less where a rank sends to several peers at a time, and ranks that change peers wait for each other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class Parcel:
         number: position among the parcels of the pair.
     """
 
-    key: tuple[int, int, int]
+    key: tuple[int, int, int, int]
     lane: int
     src_rank: int
     dst_rank: int
@@ -122,7 +131,7 @@ class Rules:
         num_bytes: of every copy of `copies`.
         skip: which of them travel in another way.
         lanes: their number.
-        limit: bytes of a parcel; a longer copy is a parcel of its own.
+        limit: bytes of a parcel at most; a longer copy is a parcel of its own.
     """
 
     world: World
@@ -131,6 +140,11 @@ class Rules:
     skip: np.ndarray
     lanes: int
     limit: int
+
+    def limit_of(self, src: int, dst: int) -> int:
+        """Bytes of a parcel of one pair: less than `limit` where the pair moves little."""
+        pair = (self.copies.src_rank == src) & (self.copies.dst_rank == dst)
+        return max(self.limit // 4, min(self.limit, int(self.num_bytes[pair].sum()) // PARCELS_OF_A_PAIR))
 
 
 def parcels_of(rank: int, rules: Rules, orders: Mapping[tuple[int, int], Order]) -> list[Parcel]:
@@ -161,10 +175,10 @@ def _of_pair(src: int, dst: int, rules: Rules, order: Order) -> list[Parcel]:
     named = mine[order.copies]
     parts = np.split(named, order.ends[:-1]) if len(order.ends) else []
     phase = _phase(src, dst, rules.world)
-    found = [((0, number, phase), part) for number, part in enumerate(parts)]
+    found = [((0, number // TURN, phase, number), part) for number, part in enumerate(parts)]
     left = ~rules.skip
     left[named] = False
-    found += [((1, first, 0), part) for first, part in _by_round(src, dst, rules, left)]
+    found += [((1, first, 0, 0), part) for first, part in _by_round(src, dst, rules, left)]
     return [
         Parcel(key, (number + phase) % rules.lanes, src, dst, number, part, int(rules.num_bytes[part].sum()))
         for number, (key, part) in enumerate(found)
@@ -179,13 +193,13 @@ def _phase(src: int, dst: int, world: World) -> int:
 
 def _by_round(src: int, dst: int, rules: Rules, left: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(round of its first message, copies) of parcels that are made of whole messages of the plan, in its order."""
-    messages = rules.copies.messages
+    messages, limit = rules.copies.messages, rules.limit_of(src, dst)
     parcel: list[np.ndarray] = []
     first, filled = 0, 0
     for number, _, _, lo, hi, _ in messages[(messages[:, 1] == src) & (messages[:, 2] == dst)].tolist():
         part = np.arange(lo, hi)[left[lo:hi]]
         size = int(rules.num_bytes[part].sum())
-        if parcel and filled + size > rules.limit:
+        if parcel and filled + size > limit:
             yield first, np.concatenate(parcel)
             parcel, filled = [], 0
         if len(part):
@@ -197,7 +211,7 @@ def _by_round(src: int, dst: int, rules: Rules, left: np.ndarray) -> Iterator[tu
 
 def groups_of(parcels: Sequence[Parcel]) -> list[list[Parcel]]:
     """Parcels that are posted together: those of one key and lane."""
-    groups: dict[tuple[tuple[int, int, int], int], list[Parcel]] = {}
+    groups: dict[tuple[tuple[int, ...], int], list[Parcel]] = {}
     for parcel in parcels:
         groups.setdefault((parcel.key, parcel.lane), []).append(parcel)
     return list(groups.values())

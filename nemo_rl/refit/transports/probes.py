@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,6 +150,9 @@ class _Lent:
 
     def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
         return self.own.exchange(lane, sends, recvs)
+
+    def ahead(self) -> AbstractContextManager[None]:
+        return self.own.ahead()
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         return self.own.prepare(jobs)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from nemo_rl.refit.transports.own_nccl import make_group
+from nemo_rl.refit.transports import own_nccl
+from nemo_rl.refit.transports.own_nccl import abort_together, make_group
 
 NAME = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -33,3 +37,29 @@ def test_the_watchdog_is_told_while_the_group_is_made(
     except RuntimeError:
         assert fails
     assert seen == ["0"] and os.environ.get(NAME) == before
+
+
+def test_aborts_that_wait_for_each_other_end_whatever_one_of_them_raises(caplog: pytest.LogCaptureFixture) -> None:
+    meeting, done = threading.Barrier(3), []
+
+    def abort() -> None:
+        meeting.wait(5)
+        done.append(None)
+
+    def fail() -> None:
+        meeting.wait(5)
+        raise RuntimeError("gone")
+
+    with caplog.at_level(logging.WARNING):
+        abort_together([abort, fail, abort])
+    assert len(done) == 2 and "abort failed: gone" in caplog.text
+
+
+def test_an_abort_that_hangs_is_reported_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(own_nccl, "_ABORT_S", 0.05)
+    never, started = threading.Event(), time.monotonic()
+    abort_together([never.wait, lambda: None])
+    never.set()
+    assert time.monotonic() - started < 2 and "1 of 2 communicators were not aborted" in caplog.text

@@ -36,7 +36,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
     monkeypatch.setattr(parcels, "PARCEL_BYTES", 1024)
     monkeypatch.setattr(parcels, "LEAST_IN_PLACE", 64)
+    monkeypatch.setattr(parcels, "TURN", 2)
     monkeypatch.setattr(grouped, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(grouped, "DIGEST_BYTES", 1024)
 
 
 def full_model(table, seed):
@@ -146,8 +148,8 @@ def test_what_was_looked_at_in_part_is_looked_at_again(on_cpu, monkeypatch):
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
     raise_any(sim.start())
     raise_any(sim.refit(0))
-    inner, turn = Tracker.arrived, iter(range(99))
-    monkeypatch.setattr(Tracker, "arrived", lambda self, part, digested: inner(self, part, next(turn) % 2 == 0))
+    inner, turn = Tracker.digest, iter(range(99))
+    monkeypatch.setattr(Tracker, "digest", lambda self, part: inner(self, part) if next(turn) % 2 == 0 else None)
     raise_any(sim.refit(1))
     assert next(turn) > 2
     check(landings[0], full)
@@ -267,8 +269,9 @@ def left_over(posted, lanes, depth):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_nobody_waits_in_a_circle(seed):
+def test_nobody_waits_in_a_circle(seed, monkeypatch):
     rng = random.Random(seed)
+    monkeypatch.setattr(parcels, "TURN", rng.choice((1, 2, 32)))
     copies, posted, lanes = random_schedule(rng)
     for rank, groups in enumerate(posted):
         numbers = np.concatenate([np.zeros(0, int), *(p.copies for group in groups for p in group)])
@@ -283,6 +286,35 @@ def test_nobody_waits_in_a_circle(seed):
     assert all(len(set(said)) == 1 for said in ends.values()), "both ends say the same"
     for depth in (1, 2, lanes + 1):
         assert left_over(posted, lanes, depth) == 0
+
+
+@pytest.mark.parametrize(("turn", "peers"), [(2, "2233223323"), (32, "2222233333")])
+def test_a_rank_stays_with_a_peer_for_a_turn(turn, peers, monkeypatch):
+    """Two trainers, two generators: while one pair moves its parcels, the two others move theirs."""
+    monkeypatch.setattr(parcels, "TURN", turn)
+    table = make_table({f"{i}.w": ((4, 64), torch.uint8) for i in range(10)})
+    ranks = {r: [(f, Region((0, 0), (2, 64)) if r % 2 else Region((2, 0), (2, 64))) for f in table] for r in (2, 3)}
+    held = {r: [(f, WHOLE((4, 64))) for f in list(table)[5 * r : 5 * r + 5]] for r in (0, 1)}
+    sources = {r: Layout.from_regions(rows, table) for r, rows in held.items()}
+    takers = {r: Declaration(Layout.from_regions(rows, table)) for r, rows in ranks.items()}
+    copies = plan_refit(World.of(2, 2), sources, takers, table, bucket_bytes=128).bulk
+    each = parcels.Order(np.arange(5), np.arange(1, 6))
+    none = np.zeros(len(copies), bool)
+    rules = parcels.Rules(World.of(2, 2), copies, copies.sizes.prod(axis=1), none, 3, 128)
+    found = [parcels.parcels_of(r, rules, {(s, d): each for s in (0, 1) for d in (2, 3)}) for r in (0, 1)]
+    first, second = ("".join(str(p.dst_rank) for p in own) for own in found)
+    assert first == peers and all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_pairs_that_move_little_have_smaller_parcels():
+    copies = random_plan(random.Random(1), World.of(1, 1))
+    num_bytes, none = copies.sizes.prod(axis=1), np.zeros(len(copies), bool)
+    total = int(num_bytes.sum())
+
+    def limit(most):
+        return parcels.Rules(World.of(1, 1), copies, num_bytes, none, 3, most).limit_of(0, 1)
+
+    assert limit(total) == total // 4 and limit(total // 8) == total // 16 and limit(total // 64) == total // 64
 
 
 def test_a_rank_that_posts_in_another_order_is_a_circle():
