@@ -69,6 +69,8 @@ def wire_order(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Order and ends of one pair's copies that land in final storage; all arguments have one entry a copy.
 
+    What is received in place comes first and last: nothing is spread while the wire is idle.
+
     Args:
         address: of the first byte at the receiver.
         item: bytes of an element; packed parcels go from large items to small ones, which keeps all of them aligned.
@@ -82,10 +84,11 @@ def wire_order(
     for run in np.split(order, np.flatnonzero(_breaks(address, num_bytes, room, dense, order)) + 1):
         whole = len(run) and dense[run[0]] and int(num_bytes[run].sum()) >= min(LEAST_IN_PLACE, limit)
         (runs if whole else rest).append(run)
-    parcels = [part for run in runs for part in _even(run, num_bytes, limit)]
+    in_place = [part for run in runs for part in _even(run, num_bytes, limit)]
     strewn = np.concatenate([np.zeros(0, np.int64), *rest]).astype(np.int64)
     strewn = strewn[np.argsort(-item[strewn], kind="stable")]
-    parcels += _filled(strewn, num_bytes, limit)
+    half = (len(in_place) + 1) // 2
+    parcels = [*in_place[:half], *_filled(strewn, num_bytes, limit), *in_place[half:]]
     ends = np.cumsum([len(part) for part in parcels]).astype(np.int64)
     return np.concatenate([np.zeros(0, np.int64), *parcels]).astype(np.int64), ends
 
