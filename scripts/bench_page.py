@@ -28,6 +28,7 @@ log = logging.getLogger("bench_page")
 def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("result", nargs="?", type=Path)
+    p.add_argument("--revision", help="of the code that gave the result")
     p.add_argument("--docs", type=Path, default=DOCS)
     options = p.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if options.result is not None:
         result = json.loads(options.result.read_text())
+        if options.revision:
+            result = {"revision": options.revision, **result}
         (folder / f"{slug(result)}.json").write_text(json.dumps(result, indent=1) + "\n")
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     page = options.docs / "benchmarks.md"
@@ -81,17 +84,20 @@ def part(name: str, result: Mapping[str, Any]) -> str:
 
 # ---- tables
 
-_SHORT = ("peer no verify", "peer", "nccl no verify", "broadcast no verify")
+_PEER, _BROADCAST = "peer no verify", "broadcast no verify"
+_OTHERS = ("peer", "nccl no verify", "nccl", "m2n no verify", "golden", "vllm", "checkpoint-engine")
 
 
 def _summary(rows: Sequence[Row]) -> list[str]:
     """A line for each case: milliseconds, with the share of the ceiling, and how much slower broadcast is than peer."""
-    head = ("case", *_SHORT, "broadcast / peer")
+    ran = {row["variant"] for row in rows if "transport" in row}
+    shown = (_PEER, *(name for name in _OTHERS if name in ran), _BROADCAST)
+    head = ("case", *shown, "broadcast / peer")
     lines = [_line(head), _line("---" if i == 0 else "---:" for i in range(len(head)))]
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = {row["variant"]: row for row in rows if row["case"] == case and "transport" in row}
-        cells = [_short(timed[name]) if name in timed else "" for name in _SHORT]
-        ends = [timed[name]["seconds_median"] for name in (_SHORT[-1], _SHORT[0]) if name in timed]
+        cells = [_short(timed[name]) if name in timed else "" for name in shown]
+        ends = [timed[name]["seconds_median"] for name in (_BROADCAST, _PEER) if name in timed]
         lines.append(_line([case, *cells, f"{ends[0] / ends[1]:.1f}" if len(ends) == 2 else ""]))
     return lines
 
@@ -154,9 +160,8 @@ def _cells(row: Row) -> list[str]:
     cells += [_ms(row.get("transfer_median")), f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else ""]
     cells += [_share(row.get("share_of_ceiling")), _share(row.get("share_of_copy_ceiling"))]
     cells.append(f"{row['staging_bytes'] / 2**20:.1f}" if "staging_bytes" in row else "")
-    profile = row.get("profile") or {}
-    cells.append(f"{profile['kernels']:.0f}, {profile['copies']:.0f}" if profile else "")
-    cells += [_ms(row.get("verify_cost_s")), _ms(row.get("predicted_s"))]
+    cells.append(f"{row['kernels']:.0f}, {row['copies']:.0f}" if "kernels" in row else "")
+    cells += [_ms(row.get("verification_s")), _ms(row.get("predicted_s"))]
     cells.append({True: "yes", False: "NO", None: ""}[row.get("bit_exact")])
     return cells
 

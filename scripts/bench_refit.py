@@ -46,7 +46,6 @@ from scripts.bench.rank import Rank  # noqa: E402
 from scripts.bench.rows import error_row, finished, is_probe  # noqa: E402
 
 log = logging.getLogger("bench")
-_STARTS = 4  # of all processes, where variants end them
 AXES = {"tp": "tensor", "pp": "pipeline", "ep": "expert", "etp": "expert_tensor"}
 
 
@@ -184,11 +183,11 @@ class Run:
     def run(self) -> int:
         """0 where every row came, exact to the bit; 1 otherwise."""
         for placement in dict.fromkeys(placement_of(case) for case in self.cases):
-            for _ in range(_STARTS):
-                todo = {case.name: self.todo().get(case.name) for case in self.cases if placement_of(case) == placement}
-                if not any(todo.values()) or time.monotonic() > self.end:
-                    break
-                self.attempt([case for case in self.cases if todo.get(case.name)])
+            cases = [case for case in self.cases if placement_of(case) == placement]
+            before = None
+            while (todo := self.todo(cases)) and todo != before and time.monotonic() < self.end:
+                self.attempt([case for case in cases if case.name in todo])
+                before = todo
         rows = finished(self.rows())
         left = self.todo()
         self.write(rows, left)
@@ -208,10 +207,11 @@ class Run:
         path = self.out / "facts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def todo(self) -> dict[str, list[str]]:
-        """Case -> variants without a row."""
+    def todo(self, cases: Sequence[Case] | None = None) -> dict[str, list[str]]:
+        """Case -> variants without a row, of all cases or of some."""
         done = {(row["case"], row["variant"].split(":")[0]) for row in self.rows()}
-        found = {case.name: [v for v in case.variants if (case.name, v) not in done] for case in self.cases}
+        wanted = self.cases if cases is None else cases
+        found = {case.name: [v for v in case.variants if (case.name, v) not in done] for case in wanted}
         return {name: variants for name, variants in found.items() if variants}
 
     def attempt(self, cases: Sequence[Case]) -> None:
@@ -230,7 +230,9 @@ class Run:
             if rank.poll() is None:
                 rank.kill()
         codes = [rank.wait() for rank in ranks]
-        if why or any(code not in (0, 1) for code in codes) or any(case.name in self.todo() for case in cases):
+        if time.monotonic() > self.end:
+            (self.out / "current.json").unlink(missing_ok=True)  # what was running is not to blame, and not run
+        elif why or any(code not in (0, 1) for code in codes) or self.todo(cases):
             self.blame(why or f"ranks ended with {codes}")
 
     def start(self, rank: int, device: int, port: int) -> subprocess.Popen[bytes]:

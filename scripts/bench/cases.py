@@ -142,17 +142,17 @@ _FIRST_OF_TWO = Engines(2, present=1)
 
 _FOUR: tuple[Case, ...] = (
     Case("30B EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, EVERY, profile=True),
-    Case("30B 1 -> 3 replicas", _MOE, _ONE, Engines(1, 3), MOST),
-    Case("0.6B TP2 -> TP2", _TINY, _TP2, _TWO_RANKS, MOST, profile=True),
     Case("4B TP2 -> TP2", _DENSE, _TP2, _TWO_RANKS, EVERY, profile=True),
-    Case("30B PP2 -> TP2", _MOE, _PP2, _TWO_RANKS, MOST),
+    Case("0.6B TP2 -> TP2", _TINY, _TP2, _TWO_RANKS, EVERY, profile=True),
+    Case("30B 1 -> 3 replicas", _MOE, _ONE, Engines(1, 3), MOST),
     Case("30B TP2 -> 2 replicas", _MOE, Parallel(2, tensor=2, expert_tensor=2), Engines(1, 2), MOST),
+    Case("30B PP2 -> TP2", _MOE, _PP2, _TWO_RANKS, MOST),
     Case("30B EP2 TP2 -> TP2", _MOE, Parallel(2, tensor=2, expert=2), _TWO_RANKS, MOST),
-    Case("30B EP2 -> TP2 by vLLM", _MOE, _EP2, _TWO_RANKS, (LINKS, "vllm")),
-    Case("30B 2 layers EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER, "broadcast", "golden"), layers=2, repeat=3),
-    Case("30B 8 layers EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, (LINKS, PEER[0], "vllm", "checkpoint-engine"), layers=8),
-    Case("30B EP2 -> TP2 one buffer", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER), one_buffer=True),
     Case("30B PP3 -> 1", _MOE, Parallel(3, pipeline=3), Engines(1), MOST),
+    Case("30B EP2 -> TP2 one buffer", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER), one_buffer=True),
+    Case("30B 2 layers EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, (LINKS, *PEER, "broadcast", "golden"), layers=2, repeat=3),
+    Case("30B EP2 -> TP2 by vLLM", _MOE, _EP2, _TWO_RANKS, (LINKS, "vllm")),
+    Case("30B 8 layers EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, (LINKS, PEER[0], "vllm", "checkpoint-engine"), layers=8),
 )
 
 _TWO: tuple[Case, ...] = tuple(

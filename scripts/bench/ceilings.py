@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ class Line:
         store: of this measurement alone.
         say: exchange of small facts.
         messages: whether ranks can pass messages; NCCL wants a GPU for each.
+        groups: communicators by size of the world, for this measurement and the next ones; they take long to make.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Line:
     say: Say
     num_bytes: int = BYTES
     messages: bool = True
+    groups: dict[int, Any] = field(default_factory=dict)
 
 
 def measure(line: Line) -> Iterator[dict[str, Any]]:
@@ -125,7 +127,7 @@ def _ask(answer: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _messages(line: Line, mine: torch.Tensor) -> Iterator[dict[str, Any]]:
-    group = _group(line)
+    group = line.groups.pop(line.world.size, None) or _group(line)
     sides = line.world.trainers, line.world.generators
     phases = _phases(*map(len, sides))
     part = line.num_bytes // max(map(len, sides)) // 512 * 512
@@ -137,8 +139,7 @@ def _messages(line: Line, mine: torch.Tensor) -> Iterator[dict[str, Any]]:
     options.rootRank, options.rootTensor = 0, 0
     yield _timed(line, "broadcast to all", line.num_bytes, lambda: group.broadcast([mine], options).wait())
     line.meet("messages")
-    if line.device.type == "cuda":
-        group.abort()
+    line.groups[line.world.size] = group  # not where it failed
 
 
 def _groups(line: Line, group: Any, rounds: list[list[dict[int, int]]], pieces: tuple[torch.Tensor, ...]) -> None:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -36,30 +37,32 @@ _LIFE_S = 120  # of the process beside a rank
 _NAME = "weights"
 
 
-def run(rank: Rank, held: Held, variant: str, meeting: Meeting) -> Said:
-    """All ranks call it. Raises ImportError where checkpoint-engine is not installed."""
+def run(rank: Rank, held: Held, variant: str, meeting: Meeting, opened: ExitStack) -> Said:
+    """All ranks call it; what is to be closed goes into `opened`.
+
+    Raises:
+        ImportError: checkpoint-engine is not installed.
+    """
     if rank.device.type != "cuda":
         raise ValueError("checkpoint-engine moves CUDA tensors only")
     before, started = rank.free_memory(give_back=True), time.monotonic()
     port = meeting.say("port", free_port())[0]
     place = rank.rank, held.world.size, port
-    end = _Server(rank, held, place) if held.source is not None else _Worker(held, place)
-    try:
-        ready_s = time.monotonic() - started
-        reports, wrong, peak = rank.refits(held, variant, meeting, partial(_refit, end, held))
-        return Said.of(reports, wrong, ready_s, peak, before - rank.free_memory(), {})
-    finally:
-        end.close()
+    end = _Server(rank, held, place, opened) if held.source is not None else _Worker(held, place, opened)
+    ready_s = time.monotonic() - started
+    reports, wrong, peak = rank.refits(held, variant, meeting, partial(_refit, end, held))
+    return Said.of(reports, wrong, ready_s, peak, before - rank.free_memory(), {})
 
 
 def _refit(end: Any, held: Held, version: int) -> RefitReport:
-    started = time.monotonic()
+    before, started = torch.cuda.memory_allocated(), time.monotonic()
     register_s = end.move()
     torch.cuda.synchronize()
     seconds = time.monotonic() - started
+    staging = torch.cuda.max_memory_allocated() - before  # a server's buffers on the device, not the pinned ones
     phases = {"register": register_s, "transfer": seconds - register_s}
     num_bytes = sum(meta.num_bytes for meta in held.table.values())
-    return RefitReport(version, "checkpoint-engine", False, seconds, phases, num_bytes, 0, 0)
+    return RefitReport(version, "checkpoint-engine", False, seconds, phases, num_bytes, 0, staging)
 
 
 def _beside(role: str, place: tuple[int, int, int]) -> subprocess.Popen[str]:
@@ -108,9 +111,11 @@ def _own(server: Any, tell: Callable[[str], None]) -> Callable[[list[tuple[str, 
 class _Server:
     """A trainer: it registers what it is the first to hold whole."""
 
-    def __init__(self, rank: Rank, held: Held, place: tuple[int, int, int]) -> None:
+    def __init__(self, rank: Rank, held: Held, place: tuple[int, int, int], opened: ExitStack) -> None:
         self._worker = _beside("worker", place)
+        opened.callback(self._worker.kill)
         self._server = _server(*place)
+        opened.callback(_leave_group)
         owner = owners(held)
         self._whole = Gathered(held, dist.HashStore(), rank.rank, rank.device, alone=True)
         self._mine = [fqn for fqn in held.table if owner[fqn] == rank.rank]
@@ -130,21 +135,22 @@ class _Server:
         _ask(self._worker, handle)
         _hear(self._worker)
 
-    def close(self) -> None:
-        self._worker.kill()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+def _leave_group() -> None:
+    """Without the other servers: those beside generators are gone by then, or going."""
+    dist.distributed_c10d._abort_process_group()
 
 
 class _Worker:
     """A generator: it loads what its server shows it."""
 
-    def __init__(self, held: Held, place: tuple[int, int, int]) -> None:
+    def __init__(self, held: Held, place: tuple[int, int, int], opened: ExitStack) -> None:
         import zmq
 
         assert held.landing is not None
         self._landing, self._context = held.landing, zmq.Context()
         self._server = _beside("server", place)
+        opened.callback(self._server.kill)
 
     def move(self) -> float:
         from checkpoint_engine import update_weights_from_ipc
@@ -155,9 +161,6 @@ class _Worker:
         _ask(self._server, "loaded")
         _hear(self._server)
         return 0.0
-
-    def close(self) -> None:
-        self._server.kill()
 
 
 # ---- the process beside a rank

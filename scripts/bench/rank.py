@@ -10,7 +10,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -119,6 +119,7 @@ class Rank:
         timeout = timedelta(seconds=60)
         self.store = dist.TCPStore("127.0.0.1", options.port, is_master=False, timeout=timeout, wait_for_workers=False)
         self.out = Path(options.out)
+        self.groups: dict[int, Any] = {}  # of the ceilings
 
     def run(self) -> int:
         """0, or 1 where a variant failed."""
@@ -129,6 +130,9 @@ class Rank:
         for case, variants in self.todo:
             if self.rank < case.num_ranks:
                 failed |= not self._case(case, variants)
+        if self.device.type == "cuda":
+            for group in self.groups.values():
+                group.abort()
         return int(failed)
 
     def _case(self, case: Case, variants: Sequence[str]) -> bool:
@@ -176,7 +180,7 @@ class Rank:
         num_bytes = ceilings.BYTES if self.device.type == "cuda" else 1 << 20
         store = dist.PrefixStore("links", meeting.store)
         say, messages = meeting.say, not case.shared
-        line = ceilings.Line(self.rank, world, self.device, store, meeting.meet, say, num_bytes, messages)
+        line = ceilings.Line(self.rank, world, self.device, store, meeting.meet, say, num_bytes, messages, self.groups)
         for row in ceilings.measure(line):
             self.write(probe_row(case, LINKS, row))
 
@@ -208,16 +212,16 @@ class Rank:
     # ---- one variant
 
     def _variant(self, held: Held, variant: str, meeting: Meeting) -> None:
+        """The row comes before what the variant opened is closed, which may hang too."""
         held.agree(meeting)
-        if variant in OTHERS:
-            said: Said = importlib.import_module(OTHERS[variant]).run(self, held, variant, meeting)
-        else:
-            said = self._session(held, variant, meeting)
-        rows = [Said(**each) for each in meeting.say("summary", said.as_dict())]
-        if self.rank == 0:
-            self.write(row_of(held.case, variant, held.world, rows))
+        run = importlib.import_module(OTHERS[variant]).run if variant in OTHERS else Rank._session
+        with ExitStack() as opened:
+            said: Said = run(self, held, variant, meeting, opened)
+            rows = [Said(**each) for each in meeting.say("summary", said.as_dict())]
+            if self.rank == 0:
+                self.write(row_of(held.case, variant, held.world, rows))
 
-    def _session(self, held: Held, variant: str, meeting: Meeting) -> Said:
+    def _session(self, held: Held, variant: str, meeting: Meeting, opened: ExitStack) -> Said:
         """A session of its own, its refits, and what this rank saw of them."""
         name, verify = variant.removesuffix(NO_VERIFY), not variant.endswith(NO_VERIFY)
         asked = self.options
@@ -242,17 +246,15 @@ class Rank:
             device=self.device,
             planner=held.planner,
         )
-        try:
-            started = time.monotonic()
-            session.connect()
-            plan = session.plan()
-            ready_s = time.monotonic() - started
-            log.info("connected and planned in %.2f s\n%s", ready_s, plan.describe())
-            reports, wrong, peak = self.refits(held, variant, meeting, session.refit)
-            memory = before - self.free_memory()
-            profile = self._profiled(held, meeting, session) if held.case.profile else {}
-        finally:
-            session.close()
+        opened.callback(session.close)
+        started = time.monotonic()
+        session.connect()
+        session.plan()
+        ready_s = time.monotonic() - started
+        log.info("connected and planned in %.2f s", ready_s)
+        reports, wrong, peak = self.refits(held, variant, meeting, session.refit)
+        memory = before - self.free_memory()
+        profile = self._profiled(held, meeting, session) if held.case.profile else {}
         return Said.of(reports, wrong, ready_s, peak, memory, profile)
 
     def refits(

@@ -22,7 +22,7 @@ class Said:
         ready_s: from nothing to the agreed plan.
         peak_bytes: how far torch's allocations rose in a refit.
         memory_bytes: how much less memory the device had free behind the last refit than before the session.
-        profile: kernels and copies of one refit.
+        profile: kernels and copies of one refit, and their seconds.
     """
 
     seconds: list[float]
@@ -96,7 +96,7 @@ def row_of(case: Case, variant: str, world: World, said: Sequence[Said]) -> dict
         "wrong": sorted({name for s in said for name in s.wrong})[:5],
         "phase_s": {p: _median([s.phases[p] for s in said]) for p in said[0].phases},
         "predictions": said[0].predictions,
-        "profile": {key: max(s.profile.get(key, 0.0) for s in said) for key in said[0].profile},
+        **{key: max(s.profile[key] for s in said) for key in said[0].profile},
     }
 
 
@@ -152,7 +152,7 @@ def _shares(row: Mapping[str, Any], of_case: Sequence[Mapping[str, Any]]) -> dic
     if row["transport"] in predicted:
         found["predicted_s"] = predicted[row["transport"]]
     if twin is not None:
-        found["verify_cost_s"] = row["seconds_median"] - twin["seconds_median"]
+        found["verification_s"] = row["seconds_median"] - twin["seconds_median"]
     return found
 
 

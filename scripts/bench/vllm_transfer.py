@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,16 @@ if TYPE_CHECKING:
     from scripts.bench.rank import Held, Meeting, Rank
 
 
-def run(rank: Rank, held: Held, variant: str, meeting: Meeting) -> Said:
-    """All ranks call it. Raises ImportError where vLLM is not installed."""
+def run(rank: Rank, held: Held, variant: str, meeting: Meeting, opened: ExitStack) -> Said:
+    """All ranks call it; what is to be closed goes into `opened`. Raises ImportError where vLLM is not installed."""
     if rank.device.type != "cuda":
         raise ValueError("vLLM's weight transfer over NCCL moves CUDA tensors only")
     before, started = rank.free_memory(give_back=True), time.monotonic()
     port = meeting.say("port", free_port())[0]
     end = _trainer(rank, held, meeting, port) if held.source is not None else _generator(rank, held, port)
-    try:
-        ready_s = time.monotonic() - started
-        reports, wrong, peak = rank.refits(held, variant, meeting, partial(_refit, end))
-    finally:
-        end.close()
+    opened.callback(end.close)
+    ready_s = time.monotonic() - started
+    reports, wrong, peak = rank.refits(held, variant, meeting, partial(_refit, end))
     return Said.of(reports, wrong, ready_s, peak, before - rank.free_memory(), {})
 
 

@@ -85,6 +85,16 @@ def test_a_rank_that_ends_ends_the_attempt(run: bench_refit.Run) -> None:
     assert "were over" in run.stuck([])
 
 
+def test_what_runs_when_the_time_is_over_is_not_blamed(run: bench_refit.Run, monkeypatch: Any) -> None:
+    """It has no row, and a run that resumes this one takes it up."""
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(run, "start", lambda *_: subprocess.Popen(sleeping))
+    current(run, "peer")
+    run.end = time.monotonic() - 1
+    run.attempt(run.cases)
+    assert run.rows() == [] and not run.current() and "peer" in run.todo()[SMALL[0].name]
+
+
 def test_processes_that_die_are_started_anew_for_what_is_left(run: bench_refit.Run, monkeypatch: Any) -> None:
     """The first attempt dies in `peer`; the second runs the rest of the case and the other case."""
     asked: list[dict[str, list[str]]] = []

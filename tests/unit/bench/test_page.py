@@ -35,10 +35,11 @@ RESULT: dict[str, Any] = {
             "share_of_ceiling": 0.8104,
             "share_of_copy_ceiling": 0.8104,
             "staging_bytes": 3 << 19,
-            "verify_cost_s": 0.0456,
+            "verification_s": 0.0456,
             "verified": True,
             "bit_exact": True,
-            "profile": {"kernels": 12.0, "copies": 345.0},
+            "kernels": 12.0,
+            "copies": 345.0,
         },
         {"case": "case A", "variant": "nccl", "error": "rank 1:\nbroke"},
     ],
@@ -48,16 +49,19 @@ RESULT: dict[str, Any] = {
 def test_a_result_becomes_a_page_and_a_picture(tmp_path: Path) -> None:
     (tmp_path / "benchmarks.md").write_text("Own text.\n" + bench_page.MARK + "old figures 17.5\n")
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
-    assert bench_page.main([str(tmp_path / "result.json"), "--docs", str(tmp_path)]) == 0
+    assert bench_page.main([str(tmp_path / "result.json"), "--docs", str(tmp_path), "--revision", "abc1234"]) == 0
     page = (tmp_path / "benchmarks.md").read_text()
     assert page.startswith("Own text.\n") and "17.5" not in page
     assert "| peer | 123.4 [111.1, 222.2] | 99.9 | 321.5 | 0.810 | 0.810 | 1.5 | 12, 345 | 45.6 |  | yes |" in page
     assert "| links: copy engine put, contiguous | 10.8 [10.7, 11.1] |  | 396.7 |" in page
     assert "`nccl` gave no result: rank 1: broke" in page and "Not run: case B: peer, nccl." in page
-    assert "2001-02-03; torch 9.8.7, nccl 6.5.4" in page and "4 x ACME Q9" in page
+    assert "2001-02-03, revision abc1234; torch 9.8.7, nccl 6.5.4" in page and "4 x ACME Q9" in page
     picture = tmp_path / "benchmarks" / "4x-acme-q9.svg"
     first = picture.read_bytes()
-    assert b"<svg" in first and json.loads((tmp_path / "benchmarks" / "4x-acme-q9.json").read_text()) == RESULT
+    assert b"<svg" in first and json.loads((tmp_path / "benchmarks" / "4x-acme-q9.json").read_text()) == {
+        "revision": "abc1234",
+        **RESULT,
+    }
     assert bench_page.main(["--docs", str(tmp_path)]) == 0
     assert (tmp_path / "benchmarks.md").read_text() == page and picture.read_bytes() == first
 
@@ -69,7 +73,11 @@ def test_cases_are_summed_up(tmp_path: Path) -> None:
         {**peer, "variant": "peer no verify", "seconds_median": 0.1},
         {**peer, "variant": "broadcast no verify", "seconds_median": 0.25, "share_of_ceiling": 0.05},
     ]
-    assert "| case A | 100.0 (0.810) | 123.4 (0.810) |  | 250.0 (0.050) | 2.5 |" in bench_page.part("x", result)
+    page = bench_page.part("x", result)
+    assert "| case | peer no verify | peer | broadcast no verify | broadcast / peer |" in page
+    assert "| case A | 100.0 (0.810) | 123.4 (0.810) | 250.0 (0.050) | 2.5 |" in page
+    result["rows"].append({**peer, "case": "case D", "variant": "vllm", "seconds_median": 0.5})
+    assert "| case D |  |  | 500.0 (0.810) |  |  |" in bench_page.part("x", result)
 
 
 def test_a_row_that_was_wrong_says_so(tmp_path: Path) -> None:

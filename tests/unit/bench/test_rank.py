@@ -13,6 +13,7 @@ import torch.distributed as dist
 from nemo_rl.refit.base import World
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import Parallel
+from scripts.bench import ceilings
 from scripts.bench.cases import Case, Engines
 from scripts.bench.model import DTYPE, BenchLanding, BenchSource, Store, generator_rows, trainer_rows
 from scripts.bench.rank import Held, Meeting
@@ -93,3 +94,21 @@ def test_weights_differ_from_one_refit_to_the_next_and_the_check_follows() -> No
         landing.load_misc([(norm, view)])
         assert set(before) - set(generator.wrong()) == {norm}
     assert trainer.wrong() == []
+
+
+def test_ceilings_are_measured_again_by_the_same_communicator() -> None:
+    world = World.of(1, 1)
+
+    def act(rank: int, store: dist.Store) -> Any:
+        groups: dict[int, Any] = {}
+        found = []
+        for turn in range(2):
+            meeting = Meeting(dist.PrefixStore(str(turn), store), rank, 2, 10)
+            line = ceilings.Line(
+                rank, world, torch.device("cpu"), meeting.store, meeting.meet, meeting.say, 1 << 16, True, groups
+            )
+            rows = list(ceilings.measure(line))
+            found.append((groups[2], [row["variant"] for row in rows], all(row["gb_per_s"] > 0 for row in rows)))
+        return found[0][0] is found[1][0], found[0][1:] == found[1][1:], found[0][2]
+
+    assert together(2, act) == [(True, True, True)] * 2

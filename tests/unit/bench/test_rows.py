@@ -82,13 +82,13 @@ def test_shares_are_of_the_ceiling_of_the_same_case_and_kind() -> None:
     by_variant = {r["variant"]: r for r in rows}
     assert by_variant["peer no verify"]["share_of_ceiling"] == pytest.approx(0.95)
     assert by_variant["peer"]["share_of_ceiling"] == pytest.approx(0.75)
-    assert by_variant["peer"]["verify_cost_s"] == pytest.approx(0.5)
+    assert by_variant["peer"]["verification_s"] == pytest.approx(0.5)
     assert by_variant["nccl"]["share_of_ceiling"] == pytest.approx(0.5)
     assert by_variant["nccl"]["share_of_copy_ceiling"] == pytest.approx(0.425)
     assert by_variant["broadcast"]["share_of_ceiling"] == pytest.approx(0.25)
     assert by_variant["peer"]["predicted_s"] == 2.25 and by_variant["peer no verify"]["predicted_s"] == 1.5
     assert by_variant["nccl"]["predicted_s"] == 3.5 and "predicted_s" not in by_variant["broadcast"]
-    assert "verify_cost_s" not in by_variant["nccl"] and by_variant["m2n"]["error"] == "why"
+    assert "verification_s" not in by_variant["nccl"] and by_variant["m2n"]["error"] == "why"
 
 
 def test_a_case_without_ceilings_has_no_shares() -> None:
