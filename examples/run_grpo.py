@@ -1,6 +1,6 @@
 """Train a model with GRPO: `run_grpo.py --config examples/configs/grpo_qwen3_tiny_cpu.yaml key=value ...`.
 
-The keys are those of `nemo_rl/config.py`. Exits with 2 where the configuration is refused, with 1 where the run fails,
+The keys are those of `nemo_rl/schema.py`. Exits with 2 where the configuration is refused, with 1 where the run fails,
 with 130 where it is interrupted.
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemo_rl.config import Config, ConfigError, load_config
+from nemo_rl.config import ConfigError, load_config
+from nemo_rl.schema import Config
 
 DEFAULT = Path(__file__).parent / "configs" / "grpo_qwen3_tiny_cpu.yaml"
 

@@ -14,7 +14,6 @@ import torch
 from torch.distributed import TCPStore
 
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
-from nemo_rl.config import Config
 from nemo_rl.generator.actor import CONTROL, GeneratorActor
 from nemo_rl.generator.options import GeneratorConfig, worker_env
 from nemo_rl.grpo.loop import RefitSummary
@@ -22,6 +21,7 @@ from nemo_rl.grpo.loss import BatchLoss, LossInputs, LossOptions, Normalizer
 from nemo_rl.grpo.rollouts import GenerationRequest
 from nemo_rl.grpo.types import Completion, RolloutBatch
 from nemo_rl.refit.base import RefitOptions, RefitReport, World
+from nemo_rl.schema import Config
 from nemo_rl.topology import Topology, device_of, parallel_of
 from nemo_rl.trainer.actor import TrainerActor, trainer_env
 from nemo_rl.trainer.model import model_shape, read_config

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from nemo_rl.config import Config, ConfigError, inherited_environment, load_config
+from nemo_rl.config import ConfigError, inherited_environment, load_config
 from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.planview import build
 from nemo_rl.planview.difference import print_difference
@@ -31,6 +31,7 @@ from nemo_rl.planview.picture import draw
 from nemo_rl.planview.predict import Links
 from nemo_rl.planview.text import print_view
 from nemo_rl.preflight import engine_of, model_folder
+from nemo_rl.schema import Config
 from nemo_rl.topology import parallel_of, topology_of
 from nemo_rl.trainer.model import Parallel, model_shape, read_config
 

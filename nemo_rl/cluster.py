@@ -21,9 +21,9 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from nemo_rl.config import ClusterConfig
 from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.errors import RefitError
+from nemo_rl.schema import ClusterConfig
 from nemo_rl.topology import Topology
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from nemo_rl.actors import Actors
 from nemo_rl.cluster import Cluster, ClusterError
-from nemo_rl.config import Config, ConfigError, to_yaml
+from nemo_rl.config import ConfigError, to_yaml
 from nemo_rl.grpo.data import load_tokenizer
 from nemo_rl.grpo.loop import GrpoLoop
 from nemo_rl.grpo.types import RunError
 from nemo_rl.grpo.warmup import ensure_start_model
 from nemo_rl.metrics import RunRecorder, make_run_folder, start_logging
 from nemo_rl.preflight import START_MODEL, validate
+from nemo_rl.schema import Config
 from nemo_rl.topology import device_of, topology_of
 
 log = logging.getLogger(__name__)

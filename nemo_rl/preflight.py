@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from nemo_rl.config import Config, inherited_environment
+from nemo_rl.config import inherited_environment
 from nemo_rl.generator.preflight import check_loader_apart
 from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.refit.base import MEASURE_LINKS
 from nemo_rl.refit.device import MULTICAST_OFF
+from nemo_rl.schema import Config
 from nemo_rl.topology import Topology, device_of, parallel_of, parallel_sizes, topology_of
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read_config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_rl.config import Config
+from nemo_rl.schema import Config
 from nemo_rl.trainer.model import Parallel
 
 

@@ -34,8 +34,9 @@ from rich.table import Table
 
 from nemo_rl.actors import Actors
 from nemo_rl.cluster import Cluster
-from nemo_rl.config import Config, load_config
+from nemo_rl.config import load_config
 from nemo_rl.refit.base import RefitOptions, RefitReport
+from nemo_rl.schema import Config
 from nemo_rl.topology import topology_of
 
 BASE = Path(__file__).parents[1] / "examples" / "configs" / "grpo_qwen3_tiny_cpu.yaml"

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
-from nemo_rl.config import Config
 from nemo_rl.grpo.advantages import group_advantages
 from nemo_rl.grpo.ahead import Ahead, InTurn, Rollouts
 from nemo_rl.grpo.data import PAD, Task, make_prompts
@@ -21,6 +20,7 @@ from nemo_rl.grpo.rewards import exact_match
 from nemo_rl.grpo.rollouts import Generators, SamplingOptions, rollout
 from nemo_rl.grpo.staleness import age_metrics, overlap_s, refuse_foreign, refuse_too_old, reproducible
 from nemo_rl.grpo.types import RolloutBatch, RunError, Sample, collate
+from nemo_rl.schema import Config
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str | bool | None]

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """See `nemo_rl.config.LossConfig`.
+    """See `nemo_rl.schema.LossConfig`.
 
     Attributes:
         kl_penalty: weight of the KL divergence to the reference policy.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nemo_rl.config import Config, DataConfig, StartModelConfig
 from nemo_rl.grpo.data import EOS, PAD, Task, byte_tokenizer, padded_vocab_size, save_tokenizer
+from nemo_rl.schema import Config, DataConfig, StartModelConfig
 
 log = logging.getLogger(__name__)
 KINDS = ("dense", "moe")

@@ -17,12 +17,13 @@ import ray
 
 from nemo_rl.actors import Actors
 from nemo_rl.cluster import Cluster, ClusterError
-from nemo_rl.config import Config, load_config
+from nemo_rl.config import load_config
 from nemo_rl.driver import stop_token_ids
 from nemo_rl.grpo.data import load_tokenizer
 from nemo_rl.grpo.loop import GrpoLoop
 from nemo_rl.grpo.rollouts import GenerationRequest, SamplingOptions
 from nemo_rl.grpo.warmup import ensure_start_model
+from nemo_rl.schema import Config
 from nemo_rl.topology import topology_of
 
 ROOT = Path(__file__).parents[2]

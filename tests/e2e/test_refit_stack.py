@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from nemo_rl.actors import Actors, generator_config, refit_options
 from nemo_rl.cluster import Cluster
-from nemo_rl.config import Config, load_config
+from nemo_rl.config import load_config
 from nemo_rl.generator.actor import CONTROL, GeneratorActor
 from nemo_rl.generator.options import worker_env
 from nemo_rl.grpo.loss import LossInputs, LossOptions
 from nemo_rl.grpo.types import RolloutBatch
+from nemo_rl.schema import Config
 from nemo_rl.topology import topology_of
 
 from ..unit.trainer.models import make_config, make_model

@@ -6,8 +6,8 @@ import pytest
 
 from nemo_rl.actors import in_flight, summarize_reports
 from nemo_rl.cluster import ClusterError
-from nemo_rl.config import AsyncGrpoConfig, Config, GrpoConfig
 from nemo_rl.refit.base import RefitReport
+from nemo_rl.schema import AsyncGrpoConfig, Config, GrpoConfig
 
 
 def report(version: int = 4, transport: str = "peer", verified: bool = True, **pause: float) -> RefitReport:

@@ -17,8 +17,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
-from nemo_rl.config import ClusterConfig
 from nemo_rl.refit.errors import PlanError
+from nemo_rl.schema import ClusterConfig
 from nemo_rl.topology import Topology
 
 
@@ -176,7 +176,7 @@ def test_a_driver_without_a_token_is_told_where_to_put_it(monkeypatch: pytest.Mo
 JOIN = """
 import sys
 from nemo_rl.cluster import Cluster
-from nemo_rl.config import ClusterConfig
+from nemo_rl.schema import ClusterConfig
 from nemo_rl.topology import Topology
 with Cluster(ClusterConfig(address=sys.argv[1]), Topology(1, 1, 1), "cpu"):
     pass

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl.config import ENVIRONMENT, Config, ConfigError, leaf_keys, load_config, to_yaml
+from nemo_rl.config import ENVIRONMENT, ConfigError, leaf_keys, load_config, to_yaml
+from nemo_rl.schema import Config
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl.config import Config, load_config
+from nemo_rl.config import load_config
+from nemo_rl.schema import Config
 from nemo_rl.topology import Topology, topology_of
 
 

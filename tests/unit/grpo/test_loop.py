@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_rl.config import AsyncGrpoConfig, Config, GrpoConfig, MegatronConfig, OptimizerConfig, PolicyConfig
 from nemo_rl.grpo.ahead import Ahead
 from nemo_rl.grpo.data import EOS, Task, byte_tokenizer, make_prompts
 from nemo_rl.grpo.loop import GrpoLoop, Metrics, RefitSummary
 from nemo_rl.grpo.loss import LossInputs, LossOptions
 from nemo_rl.grpo.rollouts import GenerationRequest, SamplingOptions, sample_seed, split_requests
 from nemo_rl.grpo.types import Completion, RolloutBatch, RunError
+from nemo_rl.schema import AsyncGrpoConfig, Config, GrpoConfig, MegatronConfig, OptimizerConfig, PolicyConfig
 
 TOKENIZER = byte_tokenizer()
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_rl.config import Config, StartModelConfig
 from nemo_rl.grpo import warmup
 from nemo_rl.grpo.data import EOS, byte_tokenizer, load_tokenizer
 from nemo_rl.grpo.warmup import ensure_start_model, start_model_path
+from nemo_rl.schema import Config, StartModelConfig
 
 
 def configured(folder: Path, **settings: object) -> Config:
