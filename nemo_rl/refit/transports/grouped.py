@@ -208,7 +208,10 @@ class Grouped:
                 incoming.append(self._room(number, copies, parcel, tracker))
         sends = [Post(load.buffer, load.parcel.dst_rank, load.parcel.number) for load in outgoing]
         recvs = [Post(load.buffer, load.parcel.src_rank, load.parcel.number) for load in incoming]
-        flight = self._lanes.exchange(group[0].lane, sends, recvs) if sends or recvs else None
+        try:
+            flight = self._lanes.exchange(group[0].lane, sends, recvs) if sends or recvs else None
+        except TimeoutError as error:
+            raise self._failed([_Posted(outgoing, incoming, None)], copies, str(error)) from error
         return _Posted(outgoing, incoming, flight)
 
     def _room(self, number: int, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> Load:

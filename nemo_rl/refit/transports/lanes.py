@@ -46,7 +46,10 @@ class Lanes(Protocol):
     """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
 
     def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
-        """Start a group after what the current stream was given so far; ranks' groups of a lane match in order."""
+        """Start a group after what the current stream was given so far; ranks' groups of a lane match in order.
+
+        Raises TimeoutError where a peer is not there to start it with.
+        """
 
     def ahead(self) -> AbstractContextManager[None]:
         """What is started inside goes before other work of the device, and what comes behind it waits for it."""

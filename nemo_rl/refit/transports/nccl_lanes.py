@@ -45,7 +45,7 @@ class NcclLanes:
     Args:
         store: rendezvous, not used for lanes before; every rank of the session connects through it.
         rank, size: in the session's world.
-        deadline_s: longest wait for the communicators.
+        deadline_s: longest wait for the communicators, and for a peer at its first message.
 
     Raises:
         TimeoutError: some rank did not connect.
@@ -55,7 +55,9 @@ class NcclLanes:
         self, store: dist.Store, rank: int, size: int, count: int, deadline_s: float, device: torch.device
     ) -> None:
         self._device = device
+        self._deadline_s = deadline_s
         self._groups: list[dist.ProcessGroupNCCL] = []
+        self._met: set[tuple[int, int]] = set()  # lane, peer
         self._ahead = torch.cuda.Stream(device, priority=-1)
         within(deadline_s, lambda: self._connect(store, rank, size, count), "making NCCL communicators")
 
@@ -71,6 +73,22 @@ class NcclLanes:
                 self._groups.append(group)
 
     def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _NcclFlight:
+        """Raises TimeoutError where a peer of which this lane has heard nothing does not connect."""
+        peers = {(lane, post.peer) for post in (*sends, *recvs)}
+        if peers <= self._met:
+            return self._exchange(lane, sends, recvs)
+        # NCCL connects peers in their first group, and waits for them without a limit.
+        found, stream = [], torch.cuda.current_stream(self._device)
+
+        def first() -> None:
+            with torch.cuda.stream(stream):
+                found.append(self._exchange(lane, sends, recvs))
+
+        within(self._deadline_s, first, f"connecting lane {lane} with ranks {sorted(peer for _, peer in peers)}")
+        self._met |= peers
+        return found[0]
+
+    def _exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _NcclFlight:
         group = self._groups[lane]
         group._start_coalescing()
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
 import os
 import threading
@@ -9,9 +11,12 @@ import time
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from nemo_rl.refit.transports import own_nccl
+from nemo_rl.refit.transports.lanes import Post
+from nemo_rl.refit.transports.nccl_lanes import NcclLanes
 from nemo_rl.refit.transports.own_nccl import abort_together, make_group
 
 NAME = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
@@ -63,3 +68,52 @@ def test_an_abort_that_hangs_is_reported_and_left(
     abort_together([never.wait, lambda: None])
     never.set()
     assert time.monotonic() - started < 2 and "1 of 2 communicators were not aborted" in caplog.text
+
+
+class Group:
+    """Groups of one communicator; a peer in `missing` is waited for until `abort`."""
+
+    def __init__(self, missing: set[int]) -> None:
+        self._missing, self._aborted = missing, threading.Event()
+        self.threads: list[str] = []
+        self._waits = False
+
+    def _start_coalescing(self) -> None:
+        self._waits = False
+
+    def send(self, buffers: list[torch.Tensor], peer: int, tag: int) -> None:
+        self._waits = peer in self._missing
+
+    recv = send
+
+    def _end_coalescing(self) -> str:
+        self.threads.append(threading.current_thread().name)
+        if self._waits:
+            self._aborted.wait(5)
+        return "work"
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        return None
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+
+def test_a_peer_that_never_connects_is_a_timeout_and_known_ones_need_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group({2})
+    monkeypatch.setattr("nemo_rl.refit.transports.nccl_lanes.make_group", lambda *_: group)
+    made = argparse.Namespace(Options=lambda **_: argparse.Namespace())
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: "stream")
+    lanes = NcclLanes(dist.HashStore(), 0, 3, 1, 0.2, torch.device("cpu"))
+    here, near, far = threading.current_thread().name, Post(torch.zeros(1), 1, 0), Post(torch.zeros(1), 2, 0)
+    lanes.exchange(0, [near], [])
+    lanes.exchange(0, [], [near])
+    assert group.threads == ["connecting lane 0 with ranks [1]", here]
+    with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[1, 2\] took longer"):
+        lanes.exchange(0, [near], [far])
+    lanes.close()
+    assert group._aborted.is_set()

@@ -355,6 +355,20 @@ def test_a_silent_trainer_is_named_with_round_and_parameter(on_cpu):
     assert "layers." in str(error) and landings[0].version == -1 and landings[0].rejected
 
 
+def test_a_peer_that_does_not_connect_is_named_with_the_parcel(on_cpu):
+    _, sources, landings = two_sides(random.Random(4), 1, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
+    raise_any(sim.start())
+
+    def exchange(lane, sends, recvs):
+        raise TimeoutError("connecting lane 0 took longer than 1 s")
+
+    sim.sessions[1]._agreed.mover._lanes.exchange = exchange
+    error = sim.refit(1)[1]
+    assert isinstance(error, TransferError) and "receiving from trainer 0 (rank 0) in round" in str(error)
+    assert "connecting lane 0" in str(error) and "layers." in str(error)
+
+
 def test_the_first_parcel_that_is_late_is_named(on_cpu):
     """As on GPUs, where the host posts everything and waits at the end."""
     _, sources, landings = two_sides(random.Random(4), 2, 1)
