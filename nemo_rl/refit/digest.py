@@ -73,6 +73,8 @@ class Scratch:
 class Ledger:
     """Digests of numbered pieces, taken where the pieces lie; only `read` waits, once for each device.
 
+    A ledger that is cleared keeps its memory: what is taken again and again makes one once.
+
     Attributes:
         taken: which numbers have a digest.
     """
@@ -80,8 +82,16 @@ class Ledger:
     def __init__(self, count: int) -> None:
         self.taken = np.zeros(count, bool)
         self._found: dict[torch.device, torch.Tensor] = {}
-        self._fetched: list[tuple[torch.Tensor, torch.cuda.Event]] | None = None
+        self._hosts: dict[torch.device, tuple[torch.Tensor, torch.cuda.Event]] = {}  # pinned, and when it is filled
+        self._on_the_way = False
         self._scratch = Scratch()
+
+    def clear(self) -> None:
+        """Nothing is taken, behind what the current streams were given; who reads reads what is taken from now on."""
+        self.taken[:] = False
+        self._on_the_way = False
+        for found in self._found.values():
+            found.zero_()
 
     def take(self, number: int, view: torch.Tensor, region: Region) -> None:
         """Digest piece `number`. Raises ValueError where the view's shape is not the region's."""
@@ -94,34 +104,35 @@ class Ledger:
         self.taken[numbers] = True
 
     def room(self, device: torch.device) -> torch.Tensor:
-        """The digests that are taken on `device`: int64, one a number, 0 where there is none."""
+        """To take digests on `device`: int64, one a number, 0 where there is none."""
+        self._on_the_way = False
         if device not in self._found:
             self._found[device] = torch.zeros(len(self.taken), dtype=torch.int64, device=device)
         return self._found[device]
 
     def fetch(self) -> None:
         """Bring what was taken to the host, behind what the current streams were given; does not wait."""
-        self._fetched = []
-        for found in self._found.values():
+        self._on_the_way = True
+        for device, found in self._found.items():
             if found.is_cuda:
-                host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+                if device not in self._hosts:
+                    self._hosts[device] = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
+                host, filled = self._hosts[device]
                 host.copy_(found, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(found.device))
-                self._fetched.append((host, event))
+                filled.record(torch.cuda.current_stream(device))
 
     @property
     def fetched(self) -> bool:
         """Whether `read` would not wait, after `fetch`."""
-        return self._fetched is not None and all(event.query() for _, event in self._fetched)
+        return self._on_the_way and all(filled.query() for _, filled in self._hosts.values())
 
     def read(self) -> np.ndarray:
         """int64, one a number; 0 where none was taken."""
         total = np.zeros(len(self.taken), np.int64)
-        if self._fetched is None:
+        if not self._on_the_way:
             self.fetch()
-        for host, event in self._fetched or ():
-            event.synchronize()
+        for host, filled in self._hosts.values():
+            filled.synchronize()
             total += host.numpy()
         for found in self._found.values():
             if not found.is_cuda:

@@ -84,6 +84,14 @@ class Arrivals:
         self.empty = self._empty()
         self.final = not plan.misc_fqns and bool((layout.unit == IN_PLACE).all())
         self._in_place: Pieces | None = None
+        self._ledger: Ledger | None = None
+
+    def ledger(self) -> Ledger:
+        """Room for the digests of one refit, numbered by the place in `mine`; one object, empty again each time."""
+        if self._ledger is None:
+            self._ledger = Ledger(len(self.mine))
+        self._ledger.clear()
+        return self._ledger
 
     def pieces(self, unit: int) -> Pieces:
         """What lands in `unit`, numbered by its place in `mine`; one object for what lands in place."""
@@ -142,7 +150,7 @@ class Tracker:
         self.arrivals, self.layout = arrivals, arrivals.layout
         self._left = dict(arrivals.counts)
         self._views: dict[int, Mapping[int, torch.Tensor]] = {}
-        self.ledger = Ledger(len(arrivals.mine))
+        self.ledger = arrivals.ledger()
 
     def view(self, index: int) -> torch.Tensor:
         """Destination view of copy `index`."""
@@ -197,8 +205,9 @@ class Tracker:
         """Read what landed in final storage, once this version writes no more; nothing if all of it was read."""
         if not self.ledger.taken.all():
             if self.arrivals.final:  # kernels add digests to what stands there: what was read is read again
-                self.ledger = Ledger(len(self.arrivals.mine))
+                self.ledger.clear()
             self._digest(IN_PLACE)
+            self.ledger.fetch()
         self._views.clear()
 
     def _digest(self, unit: int) -> None:

@@ -13,6 +13,7 @@ landed, or from itself; one that changes behind the second look and behind the l
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,20 @@ class _Own:
         return chosen
 
 
+@dataclass(frozen=True, eq=False)
+class _Landed:
+    """Copies of a table that land here: numbers in the table; and peer -> which of them are from it."""
+
+    copies: CopyTable
+    index: np.ndarray
+    of_peer: Mapping[int, np.ndarray]
+
+    @classmethod
+    def of(cls, copies: CopyTable, here: np.ndarray, peers: Iterable[int]) -> _Landed:
+        index = np.flatnonzero(here)
+        return cls(copies, index, {peer: np.flatnonzero(copies.src_rank[index] == peer) for peer in peers})
+
+
 class Watch:
     """One rank's looks at sources in one refit, and what trainers say of them; every rank makes one each time.
 
@@ -101,41 +116,50 @@ class Watch:
         self._first = first
         self._second: Ledger | None = None
         self._held: np.ndarray | None = None
+        self._said: Mapping[int, bytes] | None = None
         self._ticket, self._next_s = control.ticket(), 0.0
 
     def step(self) -> None:
         """Go on as far as is possible without waiting; called as often as one likes, it seldom asks the store."""
-        if self._first is None or self._second is not None or not self._first.fetched:
+        if self._said is not None:
             return
-        self._say(self._first)
+        if self._first is not None:
+            if not self._first.fetched:
+                return
+            self._say(self._first)
         if (now := time.monotonic()) < self._next_s:
             return
         self._next_s = now + _ASK_S
         if self._control.posted(self._ticket, self._verifier.trainers):
-            self._second = self._verifier.look(self._holdings)
+            self._go_on()
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """What both looks of this rank saw; None on a rank that is no trainer. Raises as `Control.gather`."""
-        if self._first is None:
-            return None
-        held = self._say(self._first)
-        if self._second is None:
+    def finish(self) -> tuple[tuple[np.ndarray, np.ndarray] | None, Mapping[int, bytes]]:
+        """What both looks of this rank saw, None on a rank that is no trainer; and what trainers say to this rank.
+
+        Raises as `Control.gather`.
+        """
+        if self._first is not None:
+            self._say(self._first)
+        if self._said is None:
             self._control.await_posts(self._ticket, "verify", self._verifier.trainers)
-            self._second = self._verifier.look(self._holdings)
-        return held, self._second.read()
-
-    def heard(self, peers: Iterable[int]) -> dict[int, bytes]:
-        """What trainers `peers` say to this rank, in the end. Raises as `Control.gather`."""
-        said = self._control.collect(self._ticket, "verify", peers)
+            self._go_on()
+        assert self._said is not None
         self._control.end(self._ticket)
-        return said
+        if self._held is None or self._second is None:
+            return None, self._said
+        return (self._held, self._second.read()), self._said
 
-    def _say(self, first: Ledger) -> np.ndarray:
+    def _go_on(self) -> None:
+        """All trainers have said what their first look saw: look again, and hear them."""
+        if self._first is not None:
+            self._second = self._verifier.look(self._holdings)
+        self._said = self._control.collect(self._ticket, "verify", self._verifier.peers)
+
+    def _say(self, first: Ledger) -> None:
         """What the first look saw, told once to all ranks that compare something with it."""
         if self._held is None:
             self._held = first.read()
             self._control.post(self._ticket, self._verifier.statements(self._held))
-        return self._held
 
 
 class Verifier:
@@ -150,6 +174,7 @@ class Verifier:
         self._told = self._note_shared(shared, shared.first_rank, shared.first_row, shared.rank)
         self._asked = self._note_shared(shared, shared.rank, shared.row, shared.first_rank)
         self._looked: tuple[Sequence[Holding], dict[int, torch.Tensor]] | None = None
+        self._ledgers: deque[Ledger] = deque(maxlen=2)
         layout = sources.get(rank)
         held = {} if layout is None else {row: layout.region(row) for row, _ in self._pieces}
         self._digests = Pieces([Piece(n, row, region, held[row]) for n, (row, region) in enumerate(self._pieces)])
@@ -176,12 +201,22 @@ class Verifier:
 
     def look(self, holdings: Sequence[Holding]) -> Ledger:
         """Start to digest all that this rank sends or holds like another row, beside other work of the device."""
-        ledger = Ledger(len(self._pieces))
         if self._looked is None or self._looked[0] is not holdings:
             self._looked = holdings, {row: holdings[row].view for row, _ in self._pieces}
         with beside(self._device):
+            ledger = self._empty_ledger()
             self._digests.take(self._looked[1], ledger)
             ledger.fetch()
+        return ledger
+
+    def _empty_ledger(self) -> Ledger:
+        """One of two, by turns, so that a look stands until the next but one."""
+        if len(self._ledgers) < 2:
+            ledger = Ledger(len(self._pieces))
+        else:
+            ledger = self._ledgers.popleft()
+            ledger.clear()
+        self._ledgers.append(ledger)
         return ledger
 
     def check(self, watch: Watch, bulk: Ledger, misc: Ledger) -> None:
@@ -190,9 +225,9 @@ class Verifier:
         Raises:
             VerificationError: what changed in this rank's source or differs on this rank.
         """
-        looks = watch.finish()
+        looks, said = watch.finish()
         wrong = [] if looks is None else self.changes(*looks)
-        wrong += self.differences(watch.heard(self.peers), looks and looks[0], bulk, misc)
+        wrong += self.differences(said, looks and looks[0], bulk, misc)
         if wrong:
             shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise VerificationError(
@@ -235,6 +270,15 @@ class Verifier:
         return self._plan.world.trainers
 
     @cached_property
+    def _landing(self) -> tuple[_Landed, _Landed]:
+        """Bulk and misc. What is gathered at the root is for all generators."""
+        plan = self._plan
+        whole = np.full(len(plan.misc), self._rank in plan.world.generators)
+        return _Landed.of(plan.bulk, plan.bulk.dst_rank == self._rank, self.peers), _Landed.of(
+            plan.misc, whole, self.peers
+        )
+
+    @cached_property
     def peers(self) -> tuple[int, ...]:
         """Trainers whose statements this rank compares with what it has."""
         plan = self._plan
@@ -253,30 +297,27 @@ class Verifier:
             bulk, misc: what landed here, numbered by the copies of the plan that land here; one without a digest
                 differs.
         """
-        plan, wrong = self._plan, []
-        whole = np.full(len(plan.misc), self._rank in plan.world.generators)  # gathered at the root, for all of them
+        wrong: list[str] = []
         landed = (
-            ("bulk", plan.bulk, np.flatnonzero(plan.bulk.dst_rank == self._rank), bulk.read(), bulk.taken),
-            ("misc", plan.misc, np.flatnonzero(whole), misc.read(), misc.taken),
+            ("bulk", self._landing[0], bulk.read(), bulk.taken),
+            ("misc", self._landing[1], misc.read(), misc.taken),
         )
         for peer in self.peers:
             _, want = unpack(said[peer])
             wrong += self._unequal_shared(peer, want["shared"], held)
-            for name, copies, mine, got, taken in landed:
-                wrong += self._unequal(peer, want[name], copies, mine, got, taken)
+            for name, mine, got, taken in landed:
+                wrong += self._unequal(peer, want[name], mine, got, taken)
         return wrong
 
-    def _unequal(
-        self, peer: int, want: np.ndarray, copies: CopyTable, mine: np.ndarray, got: np.ndarray, taken: np.ndarray
-    ) -> list[str]:
+    def _unequal(self, peer: int, want: np.ndarray, mine: _Landed, got: np.ndarray, taken: np.ndarray) -> list[str]:
         """Of copies `mine`, with digests `got`, those from `peer`; `want` has one digest for each, in order."""
-        numbers = np.flatnonzero(copies.src_rank[mine] == peer)
+        numbers = mine.of_peer[peer]
         if len(numbers) != len(want):
             return [f"{self._plan.world.describe(peer)} sent {len(want)} digests for {len(numbers)} copies"]
         got, taken = got[numbers], taken[numbers]
         wrong = []
         for i in np.flatnonzero((got != want) | ~taken).tolist():
-            copy = self._plan.copy(copies, int(mine[numbers[i]]))
+            copy = self._plan.copy(mine.copies, int(mine.index[numbers[i]]))
             wrong.append(
                 f"{copy.fqn} {copy.region}: {self._plan.world.describe(peer)} holds digest {want[i]}, "
                 f"{self._plan.world.describe(self._rank)} has {got[i] if taken[i] else 'none'}"
