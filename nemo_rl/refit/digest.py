@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nemo_rl.refit.digest_planes import Located, odd_weights
 from nemo_rl.refit.region import Region
 
 if TYPE_CHECKING:
@@ -28,19 +29,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @lru_cache(maxsize=64)
 def _weights(axis: int, length: int, device: str) -> torch.Tensor:
-    """Odd 64-bit weights of indices `0 .. length - 1` along `axis`: splitmix64 of the index, by axis."""
-    with np.errstate(over="ignore"):
-        z = np.arange(length, dtype=np.uint64) + np.uint64(1)
-        z = z * np.uint64(0x9E3779B97F4A7C15) + np.uint64((axis + 1) << 56)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = (z ^ (z >> np.uint64(31))) | np.uint64(1)
-    return torch.from_numpy(z.view(np.int64)).to(device)
-
-
-def axis_weight(axis: int, index: int) -> int:
-    """Weight of one global index along `axis`, unsigned."""
-    return int(_axis_weights(axis, index, 1, torch.device("cpu")).item()) % (1 << 64)
+    """Weights of indices `0 .. length - 1` along `axis`."""
+    return torch.from_numpy(odd_weights(axis, np.arange(length)).view(np.int64)).to(device)
 
 
 def _axis_weights(axis: int, offset: int, size: int, device: torch.device) -> torch.Tensor:
@@ -165,26 +155,43 @@ class Pieces:
 
     def take(self, views: Mapping[int, torch.Tensor], ledger: Ledger) -> None:
         """Digest what `views` (row -> view) hold into `ledger`. Raises ValueError as `digest_view`."""
-        if not self._pieces:
+        if (batch := self.prepare(views)) is not None:
+            ledger.take_all(self._numbers, batch, views[self._rows[0]].device)
             return
-        if self._batch is not None and views is self._views:
-            ledger.take_all(self._numbers, self._batch[1], views[self._rows[0]].device)
-        elif all(views[row].is_cuda for row in self._rows):
-            ledger.take_all(self._numbers, self._batch_of(views), views[self._rows[0]].device)
-            self._views = views
-        else:
-            for piece in self._pieces:
-                ledger.take(piece.number, piece.of(views[piece.row]), piece.region)
+        for piece in self._pieces:
+            ledger.take(piece.number, piece.of(views[piece.row]), piece.region)
 
-    def _batch_of(self, views: Mapping[int, torch.Tensor]) -> KernelBatch:
-        """Made again only where storage moved."""
+    def prepare(self, views: Mapping[int, torch.Tensor]) -> KernelBatch | None:
+        """What digests pieces of `views` on a GPU, made again only where storage moved; None elsewhere."""
+        if views is self._views and self._batch is not None:
+            return self._batch[1]
+        if not self._pieces or not all(views[row].is_cuda for row in self._rows):
+            return None
         from nemo_rl.refit.digest_kernel import KernelBatch  # Triton comes with CUDA builds of torch only
 
         where = [(views[row].data_ptr(), views[row].stride()) for row in self._rows]
         if self._batch is None or self._batch[0] != where:
-            pieces = [(p.number, p.of(views[p.row]), p.region) for p in self._pieces]
-            self._batch = where, KernelBatch(pieces)
+            self._batch = where, KernelBatch(views[self._rows[0]].device, self.located(views))
+        self._views = views
         return self._batch[1]
+
+    def located(self, views: Mapping[int, torch.Tensor]) -> list[Located]:
+        """Where the pieces lie, by number of axes."""
+        slot = {row: i for i, row in enumerate(self._rows)}
+        address = np.array([views[row].data_ptr() for row in self._rows], np.int64)
+        item = np.array([views[row].element_size() for row in self._rows], np.int64)
+        found = []
+        for axes in sorted({len(p.region.sizes) for p in self._pieces}):
+            some = [p for p in self._pieces if len(p.region.sizes) == axes]
+            shape, row = (len(some), axes), np.array([slot[p.row] for p in some], np.int64)
+            offsets = np.array([p.region.offsets for p in some], np.int64).reshape(shape)
+            inner = offsets - np.array([p.held.offsets for p in some], np.int64).reshape(shape)
+            strides = np.array([views[p.row].stride() for p in some], np.int64).reshape(shape)
+            start = address[row] + (inner * strides).sum(axis=1) * item[row]
+            sizes = np.array([p.region.sizes for p in some], np.int64).reshape(shape)
+            number = np.array([p.number for p in some], np.int64)
+            found.append(Located(number, start, item[row], offsets, sizes, strides))
+        return found
 
 
 def digest_on_device(view: torch.Tensor, region: Region, scratch: Scratch) -> torch.Tensor:

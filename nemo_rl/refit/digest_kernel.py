@@ -1,95 +1,51 @@
 """Digests of many pieces of one GPU in one kernel launch for each item size; the numbers are those of `digest.py`.
 
-A piece is cut into planes of rows and columns, one for each index of its other axes, and planes into tiles. A tile sums
-its elements times the weights of their columns and rows, which it computes from the indices, and adds the sum to its
-piece's number. So every element is read once, and nothing is written but the numbers.
+A tile (`digest_planes.py`) sums its elements times the weights of their columns and rows, which it computes from the
+indices, and adds the sum to its piece's number. So every element is read once, and nothing is written but the numbers.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from nemo_rl.refit.digest import HIGH_HALF, axis_weight
-from nemo_rl.refit.region import Region
+from nemo_rl.refit.digest import HIGH_HALF
+from nemo_rl.refit.digest_planes import NUM_FIELDS, Located, planes_of, tiles_of
 
 _ROWS, _COLS = 64, 512  # of a tile
 _STEP = 2  # rows that a program holds in registers at a time
 _WARPS = 4
-_NUM_FIELDS = 12  # of a plane
-_POINTERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class KernelBatch:
-    """The digests of `pieces` on one device, as often as wanted; tables are made once.
+    """The digests of `pieces` on one CUDA device, as often as wanted; tables are made once.
 
     Args:
-        pieces: numbers, and views with the regions that they hold, all on one CUDA device, of 1 to 8 bytes an element.
-            The batch keeps addresses, not tensors: storage must stay where it is.
-
-    Raises:
-        ValueError: devices differ.
+        pieces: of 1 to 8 bytes an element. The batch keeps addresses, not tensors: storage must stay where it is.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, torch.Tensor, Region]]) -> None:
-        devices = {view.device for _, view, _ in pieces}
-        if len(devices) != 1:
-            raise ValueError(f"a batch is of one device, got pieces on {sorted(map(str, devices))}")
-        self._device = devices.pop()
-        planes: dict[int, list[tuple[int, ...]]] = {}
-        for number, view, region in pieces:
-            planes.setdefault(view.element_size(), []).extend(_planes(number, view, region))
-        self._tables = {item: self._upload(np.array(rows, np.int64)) for item, rows in planes.items() if rows}
+    def __init__(self, device: torch.device, pieces: Sequence[Located]) -> None:
+        self._device = device
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for item in sorted({size for some in pieces for size in some.item.tolist()}):
+            planes = np.concatenate([planes_of(some.take(np.flatnonzero(some.item == item))) for some in pieces])
+            if len(planes):
+                self._tables[item] = self._upload(planes), self._upload(tiles_of(planes, _ROWS, _COLS))
 
-    def _upload(self, planes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes)).to(self._device)
+    def _upload(self, table: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(table).to(self._device)
 
     def launch(self, out: torch.Tensor) -> None:
         """Add each piece's digest to `out[number]` (int64, here 0) on the device's current stream; does not wait."""
         with torch.cuda.device(self._device):
             for item, (planes, tiles) in self._tables.items():
                 _digest_tiles[(len(tiles),)](
-                    planes, tiles, out, item, _ROWS, _STEP, _COLS, _NUM_FIELDS, HIGH_HALF, num_warps=_WARPS
+                    planes, tiles, out, item, _ROWS, _STEP, _COLS, NUM_FIELDS, HIGH_HALF, num_warps=_WARPS
                 )
-
-
-def _planes(number: int, view: torch.Tensor, region: Region) -> Iterator[tuple[int, ...]]:
-    """Rows of the plane table; columns run along the axis of the smallest stride, rows along the longest other one."""
-    if region.volume == 0:
-        return
-    axes = sorted((a for a in range(view.ndim) if view.shape[a] > 1), key=view.stride)
-    col = axes[0] if axes else None
-    row = max(axes[1:], key=lambda a: int(view.shape[a]), default=None)
-    outer = [a for a in range(view.ndim) if a not in (col, row)]
-    size = view.element_size()
-    for index in itertools.product(*(range(view.shape[a]) for a in outer)):
-        scale, start = 1, view.data_ptr()
-        for axis, at in zip(outer, index, strict=True):
-            scale = scale * axis_weight(axis, region.offsets[axis] + at) % (1 << 64)
-            start += at * view.stride(axis) * size
-        yield (start, *_axis(view, region, row), *_axis(view, region, col), scale - ((scale >> 63) << 64), number, 0)
-
-
-def _axis(view: torch.Tensor, region: Region, axis: int | None) -> tuple[int, int, int, int]:
-    """Size, stride, first global index and seed of an axis; a missing one has one index and seed -1."""
-    if axis is None:
-        return 1, 0, 0, -1
-    return view.shape[axis], view.stride(axis), region.offsets[axis], (axis + 1) << 56
-
-
-def _tiles(planes: np.ndarray) -> np.ndarray:
-    """int32 (n, 3): plane, first row, first column of every tile."""
-    down, across = -(-planes[:, 1] // _ROWS), -(-planes[:, 5] // _COLS)
-    count = down * across
-    plane = np.repeat(np.arange(len(planes)), count)
-    step = np.arange(len(plane)) - np.repeat(np.cumsum(count) - count, count)
-    row, col = step // across[plane] * _ROWS, step % across[plane] * _COLS
-    return np.stack([plane, row, col], axis=1).astype(np.int32)
 
 
 @triton.jit

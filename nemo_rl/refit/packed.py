@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def unpack(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
         described = json.loads(data[8:start])
         arrays = {}
         for name, dtype, shape in described["arrays"]:
-            size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+            size = np.dtype(dtype).itemsize * math.prod(shape)
             arrays[name] = np.frombuffer(data[start : start + size], dtype).reshape(shape).copy()
             start += size
         if start != len(data):

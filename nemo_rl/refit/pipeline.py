@@ -179,6 +179,8 @@ class Tracker:
         """
         if digested:
             self.digest(part)
+        elif self._verify and part.pieces is not None:
+            part.pieces.prepare(self.rows(IN_PLACE))  # while bytes move: later refits find it made
         for unit, count in part.counts.items():
             self._left[unit] -= count
             if self._left[unit] == 0:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from nemo_rl.refit.digest import digest_view
+from nemo_rl.refit.digest import Piece, Pieces, digest_view
 from nemo_rl.refit.region import Region
 
 pytestmark = pytest.mark.gpu(1)
@@ -33,7 +33,9 @@ def test_a_batch_has_the_digests_of_its_pieces() -> None:
     pieces = [random_piece(rng) for _ in range(60)]
     large = torch.randint(0, 256, (3000 * 5000,), dtype=torch.uint8, device="cuda").view(torch.bfloat16).view(1500, -1)
     pieces.append((large[10:1490, 7:4400], Region((5, 9), (1480, 4393))))
-    batch = KernelBatch([(number, *piece) for number, piece in enumerate(pieces)])
+    views = {number: view for number, (view, _) in enumerate(pieces)}
+    located = Pieces([Piece(n, n, region, region) for n, (_, region) in enumerate(pieces)]).located(views)
+    batch = KernelBatch(torch.device("cuda", 0), located)
 
     def launched() -> list[int]:
         out = torch.zeros(len(pieces), dtype=torch.int64, device="cuda")

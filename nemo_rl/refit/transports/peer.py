@@ -217,6 +217,8 @@ class Peer:
         def landed(step: int) -> None:
             assert tracker is not None and self._parts is not None
             tracker.arrived(self._parts[step], proven)
+            if proven and step + 1 == len(self._parts):
+                tracker.ledger.fetch()
 
         try:
             self._carrier.run(self._starts[1], self._memory.mark, landed, self._control.idle, end)
