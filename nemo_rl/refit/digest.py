@@ -88,7 +88,7 @@ class Ledger:
         self.room(view.device)[number] = digest_on_device(view, region, self._scratch)
         self.taken[number] = True
 
-    def take_all(self, numbers: np.ndarray, batch: KernelBatch, device: torch.device) -> None:
+    def take_all(self, numbers: slice | np.ndarray, batch: KernelBatch, device: torch.device) -> None:
         """Digest pieces `numbers`, those of `batch`, on the current stream of `device`; does not wait."""
         batch.launch(self.room(device))
         self.taken[numbers] = True
@@ -148,7 +148,7 @@ class Pieces:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = tuple(pieces)
-        self._numbers = np.array([p.number for p in pieces], np.int64)
+        self._numbers = _span(np.array([p.number for p in pieces], np.int64))
         self._rows = tuple(dict.fromkeys(p.row for p in pieces))
         self._batch: tuple[list[tuple[int, tuple[int, ...]]], KernelBatch] | None = None
         self._views: Mapping[int, torch.Tensor] | None = None  # what the batch was last found to fit
@@ -160,6 +160,10 @@ class Pieces:
             return
         for piece in self._pieces:
             ledger.take(piece.number, piece.of(views[piece.row]), piece.region)
+
+    def all_taken(self, ledger: Ledger) -> bool:
+        """Whether `ledger` has the digests of all pieces."""
+        return bool(ledger.taken[self._numbers].all())
 
     def prepare(self, views: Mapping[int, torch.Tensor]) -> KernelBatch | None:
         """What digests pieces of `views` on a GPU, made again only where storage moved; None elsewhere."""
@@ -192,6 +196,13 @@ class Pieces:
             number = np.array([p.number for p in some], np.int64)
             found.append(Located(number, start, item[row], offsets, sizes, strides))
         return found
+
+
+def _span(numbers: np.ndarray) -> slice | np.ndarray:
+    """`numbers` as an index that is cheap where they are neighbours in order."""
+    if len(numbers) and (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
 
 
 def digest_on_device(view: torch.Tensor, region: Region, scratch: Scratch) -> torch.Tensor:

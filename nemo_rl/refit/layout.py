@@ -173,7 +173,7 @@ class Layout:
 
     def region(self, row: int) -> Region:
         ndim = len(self.metas[self.tensor[row]].shape)
-        return Region(tuple(map(int, self.offsets[row, :ndim])), tuple(map(int, self.sizes[row, :ndim])))
+        return Region(tuple(self.offsets[row, :ndim].tolist()), tuple(self.sizes[row, :ndim].tolist()))
 
     def fqn(self, row: int) -> str:
         return self.names[int(self.tensor[row])]

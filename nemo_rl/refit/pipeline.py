@@ -149,6 +149,7 @@ class Tracker:
         self._plan, self._copies, self._sink, self._verify = plan, copies, sink, verify
         self.arrivals, self.layout = arrivals, arrivals.layout
         self._left = dict(arrivals.counts)
+        self._postponed: list[Pieces] = []
         self._views: dict[int, Mapping[int, torch.Tensor]] = {}
         self.ledger = arrivals.ledger()
 
@@ -180,7 +181,8 @@ class Tracker:
         if digested:
             self.digest(part)
         elif self._verify and part.pieces is not None:
-            part.pieces.prepare(self.rows(IN_PLACE))  # while bytes move: later refits find it made
+            part.pieces.prepare(self.rows(IN_PLACE))  # while bytes move
+            self._postponed.append(part.pieces)
         for unit, count in part.counts.items():
             self._left[unit] -= count
             if self._left[unit] == 0:
@@ -205,6 +207,9 @@ class Tracker:
 
     def digest_in_place(self) -> None:
         """Read what landed in final storage, once this version writes no more; nothing if all of it was read."""
+        for pieces in self._postponed:
+            if not pieces.all_taken(self.ledger):
+                pieces.take(self.rows(IN_PLACE), self.ledger)
         if not self.ledger.taken.all():
             if self.arrivals.final:  # kernels add digests to what stands there: what was read is read again
                 self.ledger.clear()

@@ -166,7 +166,7 @@ class RefitPlan:
     def region(self, copies: CopyTable, index: int) -> Region:
         ndim = len(self.table[self.names[copies.tensor[index]]].shape)
         offsets, sizes = copies.offsets[index, :ndim], copies.sizes[index, :ndim]
-        return Region(tuple(map(int, offsets)), tuple(map(int, sizes)))
+        return Region(tuple(offsets.tolist()), tuple(sizes.tolist()))
 
     def copy(self, copies: CopyTable, index: int) -> Copy:
         ends = (copies.src_rank, copies.src_row, copies.dst_rank, copies.dst_row)
