@@ -88,17 +88,20 @@ class Cluster:
         self.close()
 
     def _start(self) -> None:
+        address = self._config.address
+        if address is not None and _answers(address) is False:  # Ray itself asks for minutes
+            raise ClusterError(f"Ray was not reached at {address}: {_remedy(address)}")
         options: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.WARNING, configure_logging=False)
-        if self._config.address is None:
+        if address is None:
             devices = self._config.gpus_per_node * self._config.num_nodes
             options |= dict(include_dashboard=False, object_store_memory=self._config.object_store_bytes)
             options["num_cpus"] = devices
         try:
-            ray.init(address=self._config.address or "local", **options)
+            ray.init(address=address or "local", **options)
         except AuthenticationError as error:
             raise ClusterError(f"Ray refused this driver: {error.message}; {_TOKEN}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
-            if (address := self._config.address) is None:
+            if address is None:
                 raise ClusterError(f"Ray did not start: {error}") from error
             raise ClusterError(f"Ray was not reached at {address}: {error}; {_remedy(address)}") from error
 
@@ -184,16 +187,27 @@ class Cluster:
             ray.shutdown()
 
 
-def _remedy(address: str) -> str:
-    """What helps where Ray at `address`, `host:port` or `auto`, was not reached: Ray's error is the same for all."""
+def _answers(address: str) -> bool | None:
+    """Whether anything does at `address`; None where it is not `host:port`."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return f"check that a cluster runs on this machine, or give its address as host:port; {_TOKEN}"
+    if not host or "/" in host or not port.isdigit():
+        return None
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError:
-        return "nothing answers there; check cluster.address, and that the head runs"
-    return f"something answers there; {_TOKEN}"
+        return False
+    return True
+
+
+def _remedy(address: str) -> str:
+    """What helps where Ray at `address` was not reached: Ray's error is the same for all."""
+    match _answers(address):
+        case None:
+            return f"check that a cluster runs on this machine, or give its address as host:port; {_TOKEN}"
+        case False:
+            return "nothing answers there; check cluster.address, and that the head runs"
+        case _:
+            return f"something answers there; {_TOKEN}"
 
 
 def wait_all(calls: Sequence[tuple[Actor, Any]], phase: str, deadline_s: float) -> list[Any]:

@@ -25,6 +25,8 @@ from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read
 
 PRECISIONS = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "peer", "nccl", "m2n", "gloo", "golden")
+ONE_DEVICE = {"nccl": "cuda", "m2n": "cuda", "gloo": "cpu"}
+OVER_HOSTS = {"cpu": "gloo", "cuda": "nccl"}
 START_MODEL = "start_model"
 
 
@@ -39,6 +41,7 @@ def validate(config: Config) -> list[str]:
         *_batches(config, topology),
         *_lengths(config),
         *start_model,
+        *_transport(config),
         *_combinations(config),
         *_asynchronous(config),
     ]
@@ -92,7 +95,7 @@ def check_loader(config: Config, hf_config: Any, folder: Path) -> list[str]:
     table = families.table(model_shape(hf_config), getattr(torch, config.policy.precision))
     spec, environ = engine_of(config, folder), inherited_environment()
     problems = check_loader_apart(spec, table, environ, config.cluster.start_deadline_s)
-    return [f"policy.model_name={config.policy.model_name}: {p}" for p in problems]
+    return [f"policy.model_name={config.policy.model_name}, policy.generation.vllm_cfg: {p}" for p in problems]
 
 
 def engine_of(config: Config, folder: Path) -> EngineSpec:
@@ -282,14 +285,27 @@ def _asynchronous(config: Config) -> Iterator[str]:
         )
 
 
-def _combinations(config: Config) -> Iterator[str]:
-    policy, run_name = config.policy, config.logger.run_name
+def _transport(config: Config) -> Iterator[str]:
+    """Whether the transport moves what ranks hold, from where they are."""
+    policy, cluster, device = config.policy, config.cluster, device_of(config)
     transport = policy.refit.transport if policy.nccl_xfer_refit else "broadcast"
-    if policy.generation.colocated.enabled and device_of(config) == "cuda" and transport not in ("auto", "peer"):
+    key, needed = f"policy.refit.transport={transport}", ONE_DEVICE.get(transport, device)
+    if needed != device:
+        yield f"{key}: moves {needed} tensors, and ranks compute on {device}; choose auto, peer or {OVER_HOSTS[device]}"
+    if transport == "peer" and cluster.num_nodes > 1 and cluster.address is not None:
+        yield (
+            f"{key} with cluster.num_nodes={cluster.num_nodes}: maps memory of ranks on one host; choose auto or "
+            f"{OVER_HOSTS[device]}, or cluster.num_nodes=1"
+        )
+    if policy.generation.colocated.enabled and device == needed == "cuda" and transport not in ("auto", "peer"):
         yield (
             f"policy.generation.colocated.enabled=true with transport '{transport}': NCCL takes one rank a GPU; set "
             f"policy.refit.transport=peer and policy.nccl_xfer_refit=true, or colocated.enabled=false"
         )
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    policy, run_name = config.policy, config.logger.run_name
     for name, value in inherited_environment().items():
         if value != MULTICAST_OFF.get(name, value):
             yield (

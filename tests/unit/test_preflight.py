@@ -57,6 +57,24 @@ def test_one_device_for_both_sides() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "transport", "texts"),
+    [
+        ("cpu", "nccl", ["moves cuda tensors, and ranks compute on cpu", "choose auto, peer or gloo"]),
+        ("cpu", "m2n", ["moves cuda tensors"]),
+        ("cuda", "gloo", ["moves cpu tensors, and ranks compute on cuda", "choose auto, peer or nccl"]),
+        ("cuda", "peer", ["maps memory of ranks on one host; choose auto or nccl"]),
+        ("cpu", "peer", ["maps memory of ranks on one host; choose auto or gloo"]),
+    ],
+)
+def test_transports_that_cannot_move_what_is_there(device: str, transport: str, texts: list[str]) -> None:
+    nodes = ["cluster.address=auto", "cluster.gpus_per_node=2", "cluster.num_nodes=2"]
+    (said,) = violations(*nodes, f"cluster.device={device}", f"policy.refit.transport={transport}")
+    assert said.startswith(f"policy.refit.transport={transport}") and all(text in said for text in texts)
+    conventional = "policy.nccl_xfer_refit=false"  # what the other key names is not used then
+    assert violations(*nodes, f"cluster.device={device}", f"policy.refit.transport={transport}", conventional) == []
+
+
+@pytest.mark.parametrize(
     ("overrides", "kind", "texts"),
     [
         ([f"{TP}=8", "cluster.gpus_per_node=10"], "", [f"{TP.split('.')[-1]}=8 does not divide the 4 attention heads"]),
