@@ -56,9 +56,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), environ: Mappin
     Raises:
         ConfigError: the file cannot be read, or keys are unknown or mistyped; all violations at once.
     """
+    environ = os.environ if environ is None else environ
     raw = _read(Path(path))
-    problems = _apply_overrides(raw, overrides)
-    for key, value in environment_overrides(os.environ if environ is None else environ).items():
+    problems = _apply_overrides(raw, overrides) + _unknown_variables(environ)
+    for key, value in environment_overrides(environ).items():
         OmegaConf.update(raw, key, value, force_add=True)
     return _build(raw, problems)
 
@@ -69,6 +70,12 @@ def environment_overrides(environ: Mapping[str, str]) -> dict[str, str]:
     if environ.get("NRL_XFERDTENSOR_GOLDEN", "0").lower() not in ("", "0", "false"):
         found["policy.refit.transport"] = "golden"
     return found
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Misspelt variables of the refit; other `NRL_*` ones may be somebody else's."""
+    unknown = sorted(name for name in environ if name.startswith("NRL_REFIT_") and name not in ENVIRONMENT)
+    return [f"{name}: unknown variable; unset it, or use one of {', '.join(ENVIRONMENT)}" for name in unknown]
 
 
 def inherited_environment() -> dict[str, str]:

@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """Megatron's Adam. `min_lr` is reached at the last step by a straight line; equal to `lr` means constant."""
+    """Megatron's Adam: `weight_decay`, `adam_beta1`, `adam_beta2`, `adam_eps`.
+
+    The rate falls from `lr` in a straight line to `min_lr` at the last step; equal means constant. Gradients are scaled
+    to a norm of at most `clip_grad`.
+    """
 
     lr: float = 1e-4
     min_lr: float = 1e-4
@@ -25,11 +29,17 @@ class OptimizerConfig:
 class MegatronConfig:
     """Layout of the trainers. Their data-parallel size is what their number of ranks leaves over.
 
-    Pipeline stages are equal unless `num_layers_in_first_pipeline_stage` or `..._last_...` say otherwise, the embedding
-    or the loss counts as a layer (`account_for_...`), or `pipeline_layers` gives the layers of each chunk: of the first
-    chunk of every stage, then of the second; the first and the last may be 0. A stage has
-    `virtual_pipeline_model_parallel_size` chunks. `moe_router_bias_update_rate` is how far a step moves the correction
-    bias of a sigmoid router towards even loads.
+    Attention and dense MLPs are cut over `tensor_model_parallel_size` ranks, sequences over `context_parallel_size`
+    and, with `sequence_parallel`, between those cuts over the tensor-parallel ranks. Experts are dealt to
+    `expert_model_parallel_size` ranks, and each is cut over `expert_tensor_parallel_size`.
+
+    Layers are spread over `pipeline_model_parallel_size` stages, alike unless `num_layers_in_first_pipeline_stage` or
+    `num_layers_in_last_pipeline_stage` say otherwise, the embedding or the loss counts as a layer
+    (`account_for_embedding_in_pipeline_split`, `account_for_loss_in_pipeline_split`), or `pipeline_layers` gives the
+    layers of each chunk: of the first chunk of every stage, then of the second; the first and the last may be 0. A
+    stage has `virtual_pipeline_model_parallel_size` chunks.
+
+    `moe_router_bias_update_rate` is how far a step moves the correction bias of a sigmoid router towards even loads.
     """
 
     tensor_model_parallel_size: int = 1
@@ -50,7 +60,10 @@ class MegatronConfig:
 
 @dataclass(frozen=True, slots=True)
 class InferenceResources:
-    """Devices of the generators; null means all that the smallest trainer layout leaves over."""
+    """Devices of the generators: `gpus_per_node` on each of `num_nodes` nodes (null for one).
+
+    A null `gpus_per_node` means all that the smallest trainer layout leaves over.
+    """
 
     gpus_per_node: int | None = None
     num_nodes: int | None = None
@@ -66,8 +79,12 @@ class ColocatedConfig:
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """One engine. `kv_cache_memory_bytes` is the KV cache of a rank; null for 64 MiB on the CPU, and on a GPU for what
-    weights leave of `gpu_memory_utilization`, which the engine then measures: nobody else may use the GPU meanwhile.
+    """One engine, cut over `tensor_parallel_size` ranks, with weights in `precision` (`float32` or `bfloat16`).
+
+    `kv_cache_memory_bytes` is the KV cache of a rank; null for 64 MiB on the CPU, and on a GPU for what weights leave
+    of the share `gpu_memory_utilization`, which the engine then measures: nobody else may use the GPU meanwhile.
+    `kv_cache_dtype` is its type, as vLLM names it. A request has at most `max_model_len` tokens with its prompt, and a
+    step at most `max_num_seqs` requests. On GPUs, `enforce_eager=false` captures CUDA graphs.
 
     `load_format=dummy` starts engines from random weights; the refit before the first step brings the real ones.
     `moe_backend` names the kernels of experts, as vLLM does: `triton` reads them as they are loaded, others rearrange.
@@ -89,6 +106,8 @@ class VllmConfig:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
+    """Samples of at most `max_new_tokens`, drawn at `temperature`. `backend` is vllm."""
+
     backend: str = "vllm"
     max_new_tokens: int = 16
     temperature: float = 1.0
@@ -99,10 +118,15 @@ class GenerationConfig:
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
     """Knobs of the session. `transport` is auto, peer, nccl, m2n, gloo or golden; the conventional refit is
-    `broadcast`, which `policy.nccl_xfer_refit=false` selects. `verify_against_checkpoint` compares what trainers hold
-    before their first step with the files of `model_name`, and what generators loaded from them with what the first
-    refit brings. `measure_links` is auto (where `transport=auto` has a choice and `cache_dir` holds no measurement of
-    these hosts), always or never; `cache_dir` is on the host of the first trainer, empty for none."""
+    `broadcast`, which `policy.nccl_xfer_refit=false` selects.
+
+    A message has at most `bucket_bytes`, and `num_streams` of them are in flight each way. No phase of a refit may take
+    longer than `deadline_s`. `verify` compares digests of every piece after every refit. `verify_against_checkpoint`
+    compares what trainers hold before their first step with the files of `model_name`, and what generators loaded from
+    them with what the first refit brings. `measure_links` is auto (where `transport=auto` has a choice and `cache_dir`
+    holds no measurement of these hosts), always or never; `cache_dir` is on the host of the first trainer, empty for
+    none.
+    """
 
     transport: str = "auto"
     bucket_bytes: int = 16 << 20
@@ -116,7 +140,13 @@ class RefitConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """`model_name` is a checkpoint folder, or `start_model` for the model that the section of that name describes."""
+    """`model_name` is a checkpoint folder, or `start_model` for the model that the section of that name describes.
+
+    Trainers hold it in `precision` (`float32` or `bfloat16`), for sequences of at most `max_total_sequence_length`
+    tokens. An optimizer step takes `train_global_batch_size` samples of all trainers; a trainer's pass takes at most
+    `train_micro_batch_size` with gradients and `logprob_batch_size` without. `nccl_xfer_refit` moves weights shard to
+    shard; false gathers, broadcasts and loads them.
+    """
 
     model_name: str = "start_model"
     precision: str = "float32"
@@ -132,7 +162,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True)
 class AsyncGrpoConfig:
-    """The rollout of the next step while trainers train on this one.
+    """With `enabled`, the rollout of the next step while trainers train on this one.
 
     A sample more than `max_trajectory_age_steps` optimizer steps older than the weights that it would train ends the
     run. `in_flight_weight_updates` lets a refit come between two steps of an engine, whose requests go on with their
@@ -148,7 +178,12 @@ class AsyncGrpoConfig:
 
 @dataclass(frozen=True, slots=True)
 class GrpoConfig:
-    """`refit_every` counts steps between refits; 0 never refits, so that generators keep the start weights.
+    """`max_num_steps` steps, each with `num_generations_per_prompt` samples of each of `num_prompts_per_step` prompts.
+
+    A sample's advantage is its reward less the mean of its prompt's samples, or of the others of them with
+    `use_leave_one_out_baseline`, and with `normalize_rewards` in units of their standard deviation. `seed` makes the
+    prompts and the draws. `refit_every` counts steps between refits; 0 never refits, so that generators keep the start
+    weights. No step of trainers or engines may take longer than `step_deadline_s`.
 
     `max_gen_kl_error` ends the run where samples of the trainers' own weights differ more from what trainers compute:
     the layouts of both sides then agree on something that the model is not.
@@ -168,7 +203,13 @@ class GrpoConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """Clipped policy gradient with a KL penalty; a null `truncated_importance_sampling_ratio` is no cap."""
+    """Clipped policy gradient with a KL penalty.
+
+    Ratios to the policy before the step are clipped to `[1 - ratio_clip_min, 1 + ratio_clip_max]`;
+    `reference_policy_kl_penalty` weighs the divergence from the start weights. `token_level_loss` is the mean over all
+    tokens, else over samples. `use_importance_sampling_correction` weighs tokens by p_trainer / p_generator, of at most
+    `truncated_importance_sampling_ratio`; null for no cap.
+    """
 
     reference_policy_kl_penalty: float = 0.01
     ratio_clip_min: float = 0.2
@@ -180,9 +221,11 @@ class LossConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """On a machine without GPUs, `gpus_per_node` counts virtual devices: one per trainer rank or generator rank.
+    """`num_nodes` nodes with `gpus_per_node` devices each; on a machine without GPUs virtual ones, one for each rank.
 
-    `address` is that of a running Ray cluster; null starts one on this machine. `device` is auto, cpu or cuda.
+    `address` is that of a running Ray cluster (`auto` or host:port); null starts one on this machine, with an object
+    store of `object_store_bytes`. `device` is auto (GPUs where torch finds some), cpu or cuda. Nodes, devices, actors
+    and the start model are waited for `start_deadline_s` each.
     """
 
     gpus_per_node: int = 4
@@ -195,7 +238,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """A task made and checked by a program: `sort` (digits) or `add` (decimal numbers).
+    """A `task` made and checked by a program: `sort` (digits) or `add` (decimal numbers).
 
     A problem has `min_items` to `max_items` items: digits to sort, or digits of each of two summands.
     """
@@ -208,6 +251,11 @@ class DataConfig:
 @dataclass(frozen=True, slots=True)
 class StartModelConfig:
     """The model that a run starts from: random weights and a short supervised warm-up, kept under `cache_dir`.
+
+    `kind` is dense or moe. `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`,
+    `num_key_value_heads`, `head_dim`, `tie_word_embeddings`, and with experts `num_experts`, `num_experts_per_tok` and
+    `moe_intermediate_size` are Qwen3's. The warm-up takes `warmup_steps` of `warmup_batch_size` demonstrations at a
+    rate that falls from `warmup_lr` to 0; `seed` makes the weights and the demonstrations.
 
     `warmup_reversed` is the share of demonstrations whose answer stands back to front, as a pretraining corpus shows
     more than one way to answer; which way is rewarded is left for GRPO to find.
@@ -234,7 +282,11 @@ class StartModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoggerConfig:
-    """`run_name` null names the run after its configuration file and the time it started."""
+    """A run's files lie in `log_dir`/`run_name`; null names it after its configuration file and the time it started.
+
+    `tensorboard_enabled` writes its scalars for TensorBoard as well, `progress` shows a bar on terminals, and `level`
+    (DEBUG to ERROR) is that of `run.log`.
+    """
 
     log_dir: str = "outputs"
     run_name: str | None = None

@@ -267,5 +267,5 @@ def _numbers(given: Mapping[str, str], text: str) -> dict[str, int]:
 
 def _number(value: str, text: str) -> int:
     if not value.isdigit():
-        raise ValueError(f"{value!r} in {text!r} is no number")
+        raise ValueError(f"{value!r} in {text!r}: give a whole number, at least 0")
     return int(value)

@@ -63,7 +63,7 @@ def test_saved_plans_are_compared(saved, capsys, tmp_path):
         (["--model", "examples/configs"], "config.json is missing"),
         (["--model", "examples/models/qwen3_30b_a3b", "--trainer", "tp=3"], "tensor_model_parallel_size=3"),
         (["--model", "examples/models/qwen3_30b_a3b", "--trainer", "pt=2"], "write key=value with tp, pp"),
-        (["--model", "examples/models/qwen3_30b_a3b", "--generator", "tp=x"], "'x' in 'tp=x' is no number"),
+        (["--model", "examples/models/qwen3_30b_a3b", "--generator", "tp=x"], "'x' in 'tp=x': give a whole number"),
         (["--diff", "nowhere.json", "b.json"], "nowhere.json: [Errno 2]"),
     ],
 )

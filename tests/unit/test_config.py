@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,14 @@ def test_golden_variable_wins_over_the_transport(path: Path) -> None:
     assert load_config(path, [], {"NRL_XFERDTENSOR_GOLDEN": "0"}).policy.refit.transport == "auto"
 
 
+def test_a_misspelt_variable_is_refused(path: Path) -> None:
+    environ = {"NRL_REFIT_STREAMS": "2", "NRL_REFIT_NUM_STREAMS": "2", "NRL_OF_OTHERS": "1"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [], environ)
+    (said,) = caught.value.violations
+    assert said.startswith("NRL_REFIT_STREAMS: unknown variable; ") and "NRL_REFIT_NUM_STREAMS" in said
+
+
 def test_variables_name_keys_of_the_schema() -> None:
     assert set(ENVIRONMENT.values()) <= set(leaf_keys())
 
@@ -84,6 +95,19 @@ def test_optional_values(path: Path) -> None:
     config = load_config(path, ["loss_fn.truncated_importance_sampling_ratio=null", "cluster.address=auto"], {})
     assert config.loss_fn.truncated_importance_sampling_ratio is None
     assert config.cluster.address == "auto"
+
+
+def sections(schema: type) -> list[type]:
+    """`schema` and every section below it."""
+    kinds = [hint for hint in typing.get_type_hints(schema).values() if dataclasses.is_dataclass(hint)]
+    return [schema, *(found for kind in kinds for found in sections(kind))]
+
+
+@pytest.mark.parametrize("section", sections(Config)[1:], ids=lambda section: section.__name__)
+def test_every_key_is_explained_where_it_stands(section: type) -> None:
+    named = {name for words in re.findall(r"`([^`]+)`", str(section.__doc__)) for name in re.findall(r"\w+", words)}
+    keys = {name for name, hint in typing.get_type_hints(section).items() if not dataclasses.is_dataclass(hint)}
+    assert keys and keys - named == set()
 
 
 def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
