@@ -172,6 +172,7 @@ def _run(options: argparse.Namespace, config: Config, folder: Path, case: str, c
                 num_streams=options.num_streams,
                 deadline_s=config.policy.refit.deadline_s,
                 verify=not variant.endswith(NO_VERIFY),
+                measure_memory=True,
             )
             group = actors.refit_group(refits)
             group.connect()

@@ -1,20 +1,28 @@
-"""Small facts between ranks, through a TCPStore that the driver hosts: gathers with deadlines, and one abort flag."""
+"""Small facts between ranks: gathers with deadlines and one abort flag through a TCPStore that the driver hosts.
+
+Ranks of one host meet and decide on a board in memory that they share, where they have one; it takes microseconds.
+"""
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch.distributed as dist
 
 from nemo_rl.refit.base import World
 from nemo_rl.refit.errors import RefitError, TransferError
 
+if TYPE_CHECKING:
+    from nemo_rl.refit.transports.board import Board
+
 _ABORT = "abort"
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 5e-5, 5e-3
 _PAUSE_SHARE = 1 / 32  # of what was waited
+_MOST_READ = 64  # keys that all have read and nobody deleted yet
 _ABORT_S = 5e-3  # between two looks for reports of failures
 
 Address: TypeAlias = "tuple[str, int] | dist.Store"
@@ -28,6 +36,9 @@ class Control:
         store: (host, port) of the driver's TCPStore, or a store in hand.
         deadline_s: longest wait for any rank in any gather.
 
+    Attributes:
+        board: where ranks of one host meet; None where they meet at the store. All ranks set it at the same point.
+
     Raises:
         TransferError: the store cannot be reached.
     """
@@ -37,17 +48,20 @@ class Control:
         self.store = store if isinstance(store, dist.Store) else self._reach(*store)
         self.rest()
         self._sequence = 0
-        self._written: list[str] = []  # what the next gather deletes
+        self._written: list[str] = []  # what all will have read when they come to the next gather or meeting
+        self._read: list[str] = []  # what all have read
         self._kept: dict[int, list[str]] = {}  # what exchanges that go on have posted
-        self._way: Callable[[str], None] | None = None
+        self.board: Board | None = None
 
     def rest(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """From now on, while this rank waits for others, do `meanwhile`, which neither waits nor gathers."""
+        """From now on, do `meanwhile`, which waits for nobody, while this rank waits elsewhere than at a meeting."""
         self._meanwhile = meanwhile
 
     def idle(self) -> None:
-        """For who waits without a gather: what is to be done meanwhile."""
+        """For who waits without a gather: what is to be done meanwhile. Takes a round trip to the store at most."""
         self._meanwhile()
+        if self._read:
+            self.store.delete_key(self._read.pop())
 
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
@@ -74,23 +88,21 @@ class Control:
         wanted = range(self.world.size) if ranks is None else sorted(ranks)
         said = self._await({r: f"{number}/{r}/" for r in wanted}, phase)
         if ranks is None:
-            self._forget()
+            self._forget(len(self._written) - 1)
         return said
 
-    def meet_by(self, way: Callable[[str], None] | None) -> None:
-        """From now on ranks meet by `way`, a shorter one than through the store; every rank says so at the same point.
+    def meet(self, phase: str, words: Sequence[int] = ()) -> list[tuple[int, ...]]:
+        """All ranks come here, each with as many words (signed, 64 bits): what each brought, by rank.
 
-        Args:
-            way: takes the phase, returns once all ranks have called it, and raises as `gather`; None: the store again.
+        A board has room for `MOST_WORDS` of them. Raises as `gather`.
         """
-        self._way = way
-
-    def meet(self, phase: str) -> None:
-        """All ranks come here, with nothing to say. Raises as `gather`."""
-        if self._way is None:
-            self.gather(phase, b"")
-        else:
-            self._way(phase)
+        if self.board is not None:
+            said = self.board.meet(phase, words)
+            self._forget(len(self._written), _MOST_READ)
+            return said
+        packed = struct.Struct(f"{len(words)}q")
+        told = self.gather(phase, packed.pack(*words))
+        return [packed.unpack(told[rank]) for rank in range(self.world.size)]
 
     def exchange(
         self,
@@ -144,7 +156,7 @@ class Control:
         return self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase, look)
 
     def end(self, ticket: int) -> None:
-        """What this rank posted is deleted when all ranks have come to the next gather."""
+        """What this rank posted may be deleted when all ranks have come to the next gather or meeting."""
         self._written += self._kept.pop(ticket, [])
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
@@ -179,7 +191,11 @@ class Control:
         except RefitError as error:
             failure = error
         # A rank that gave up may be a moment late or early: the first answer binds all.
-        decision = self._decide(f"{phase} {question}", "yes" if failure is None else f"no: {failure.detail}")
+        answer = "yes" if failure is None else f"no: {failure.detail}"
+        if self.board is not None:
+            decision = self.board.decide(answer, phase)
+        else:
+            decision = self._decide(f"{phase} {question}", answer)
         if decision != "yes":
             raise failure or TransferError(
                 f"another rank decided against it ({decision})",
@@ -197,6 +213,11 @@ class Control:
         if self.rank == 0:
             self._written.append(key)
         return bytes(self.store.compare_set(key, "", answer)).decode()
+
+    def close(self) -> None:
+        """Give up the board; idempotent. The store is the driver's."""
+        if self.board is not None:
+            self.board.close()
 
     def abort(self, error: RefitError) -> None:
         """Tell all ranks that this session failed; the first report stays."""
@@ -216,11 +237,17 @@ class Control:
                 remedy="see that rank's error; remake the session",
             )
 
-    def _forget(self) -> None:
-        """Every rank has written its key of this gather, so it has read all it wanted of what was written before."""
-        for key in self._written[:-1]:
-            self.store.delete_key(key)
-        self._written = self._written[-1:]
+    def _forget(self, count: int, most: int = 0) -> None:
+        """All ranks came here, so they have read what they wanted of the first `count` keys that this one wrote.
+
+        Where at most `most` of what was read is left, it is deleted while this rank waits, in `idle`.
+        """
+        self._read += self._written[:count]
+        self._written = self._written[count:]
+        if len(self._read) > most:
+            for key in self._read:
+                self.store.delete_key(key)
+            self._read = []
 
     def _give_up(self, phase: str, missing: list[int]) -> None:
         names = ", ".join(self.world.describe(r) for r in missing)

@@ -92,11 +92,31 @@ def statement(plan: RefitPlan, transport: str, options: RefitOptions) -> dict[st
 def agree(control: Control, mine: Mapping[str, Any]) -> None:
     """All ranks that say something of an item say the same, or nobody enters a transfer.
 
+    Args:
+        mine: items, the same ones in the same order on all ranks; None where this rank says nothing of one.
+
     Raises:
         AgreementError: naming every rank and item that differs from what the first trainer says.
     """
+    said = control.meet("agree", [_word(value) for value in mine.values()])
+    meant = said[control.world.trainers[0]]
+    if any(word not in (0, want) for words in said for word, want in zip(words, meant, strict=True)):
+        _refuse(control, mine)
+
+
+def _word(value: Any) -> int:
+    """What stands for a value where ranks compare; 0 where there is none."""
+    if value is None:
+        return 0
+    digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
+
+
+def _refuse(control: Control, mine: Mapping[str, Any]) -> None:
+    """Say who differs in what; every rank calls it."""
     world, first = control.world, control.world.trainers[0]
-    said = {r: json.loads(b) for r, b in control.gather("agree", json.dumps(mine).encode()).items()}
+    items = {item: value for item, value in mine.items() if value is not None}
+    said = {r: json.loads(b) for r, b in control.gather("agree", json.dumps(items).encode()).items()}
     differ = [
         f"{world.describe(r)} has {item} {value}, {world.describe(first)} has {said[first].get(item)}"
         for r, other in said.items()

@@ -12,46 +12,27 @@ import torch
 
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
-from nemo_rl.refit.cost import Demand, Links
+from nemo_rl.refit.cost import Demand
 from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
 from nemo_rl.refit.lane import Lane, open_lane
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
+from nemo_rl.refit.link import Link, connect
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.transports.base import Channel
-from nemo_rl.refit.transports.links import learn
-from nemo_rl.refit.transports.mover import Facts, Mover, Setting, Transport
-from nemo_rl.refit.transports.registry import (
-    NAMES,
-    Choice,
-    candidates,
-    choose,
-    open_channel,
-    own_fact,
-    share_facts,
-)
+from nemo_rl.refit.transports.mover import Mover, Setting
+from nemo_rl.refit.transports.registry import NAMES, Choice, choose
 from nemo_rl.refit.verify import Verifier, Watch
 
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """What connect() makes."""
-
-    control: Control
-    facts: Facts
-    candidates: tuple[Transport, ...]
-    channel: Channel
-    links: Links | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +96,7 @@ class RefitSession:
         self._prepared: tuple[int, Ledger | None] | None = None
         self._phase_s: dict[str, float] = {}
         self._control: Control | None = None
-        self._link_or_none: _Link | None = None
+        self._link_or_none: Link | None = None
         self._agreed_or_none: _Agreed | None = None
         self._holdings: list[Holding] = []
         self._src_view = SourceViews(())
@@ -129,14 +110,8 @@ class RefitSession:
             TransferError: a rank did not answer, or does not support the transport; its name and the reason.
         """
         with self._guarded("connect"):
-            deadline = self.options.deadline_s
-            control = self._control = Control(self.rank, self.world, self._address, deadline)
-            given = self._given_channel
-            facts = share_facts(control, own_fact(self._device, given is not None))
-            found = candidates(control, self.options, facts)
-            links = None if given else learn(control, found, facts, self.options, self._device)
-            channel = given or open_channel(self._device, control.store, self.rank, self.world.size, deadline)
-            self._link_or_none = _Link(control, facts, found, channel, links)
+            self._control = Control(self.rank, self.world, self._address, self.options.deadline_s)
+            self._link_or_none = connect(self._control, self.options, self._device, self._given_channel)
 
     def plan(self, problems: Sequence[str] = ()) -> RefitPlan:
         """Declare this rank's layout, join all layouts, prove the plan and agree on it.
@@ -221,8 +196,8 @@ class RefitSession:
         self._phase_s = {}
         with self._guarded("agree"):
             self._check_version(version)
-            steps = {} if num_steps is None else {"optimizer steps": num_steps}
-            agree(self._link.control, {"plan digest": self._agreed.plan.digest, "version": version, **steps})
+            said = {"plan digest": self._agreed.plan.digest, "version": version, "optimizer steps": num_steps}
+            agree(self._link.control, said)
         with self._guarded("digest"):
             self._prepared = version, self._look()
         return dict(self._phase_s)
@@ -242,7 +217,7 @@ class RefitSession:
             TransferError: a peer died or a deadline passed; rank, phase, round, peer and parameter.
             VerificationError: bytes differ; parameter, region and both ranks.
         """
-        started, memory = time.monotonic(), PeakRss()
+        started, memory = time.monotonic(), PeakRss() if self.options.measure_memory else None
         if self._prepared is None or self._prepared[0] != version:
             self.prepare(version, num_steps)
         assert self._prepared is not None
@@ -255,35 +230,13 @@ class RefitSession:
             bulk, tracker = self._move_bulk()
             finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("misc"):
-            packed, whole = self._agreed.lane.load(self._landing)
+            misc, whole = self._agreed.lane.load(self._landing)
             finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("verify"):
-            if tracker is not None:
-                tracker.digest_in_place()
-            if self._agreed.verifier is not None and watch is not None:
-                self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
-                self._link.control.rest()
+            self._verify(watch, tracker, whole)
         with self._guarded("commit"):
             self._commit(version)
-        report = RefitReport(
-            version=version,
-            transport=self._agreed.choice.transport.name,
-            verified=self.options.verify,
-            total_s=time.monotonic() - started,
-            phase_s=dict(self._phase_s),
-            bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
-            misc_bytes=packed.sent_bytes + packed.received_bytes,
-            staging_bytes=self._agreed.pipeline.staging_bytes + bulk.staging_bytes + packed.staging_bytes,
-            extra_rss_bytes=memory.extra_bytes,
-            required_bytes=self._agreed.plan.required_bytes,
-            predictions=self._agreed.choice.predictions,
-            engine_copies=bulk.engine_copies,
-            kernel_launches=bulk.kernel_launches,
-        )
-        if self.rank == 0 and report.predicted_s is not None:
-            seconds = report.total_s, report.predicted_s
-            log.info("refit %d by '%s' took %.4f s, predicted %.4f s", version, report.transport, *seconds)
-        return report
+        return self._report(version, time.monotonic() - started, bulk, misc, memory)
 
     def close(self) -> None:
         """Give up connections; idempotent."""
@@ -361,6 +314,14 @@ class RefitSession:
             tracker.pass_empty_units()
         return traffic, tracker
 
+    def _verify(self, watch: Watch | None, tracker: Tracker | None, whole: Ledger) -> None:
+        """Compare what landed, `whole` tensors included, with what trainers held."""
+        if tracker is not None:
+            tracker.digest_in_place()
+        if self._agreed.verifier is not None and watch is not None:
+            self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
+            self._link.control.rest()
+
     def _commit(self, version: int) -> None:
         """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""
         if self._landing is not None:
@@ -371,10 +332,34 @@ class RefitSession:
         self._link.control.meet("committed")
         self._version, self._touched = version, False
 
+    def _report(
+        self, version: int, total_s: float, bulk: Traffic, misc: Traffic, memory: PeakRss | None
+    ) -> RefitReport:
+        agreed = self._agreed
+        report = RefitReport(
+            version=version,
+            transport=agreed.choice.transport.name,
+            verified=self.options.verify,
+            total_s=total_s,
+            phase_s=dict(self._phase_s),
+            bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
+            misc_bytes=misc.sent_bytes + misc.received_bytes,
+            staging_bytes=agreed.pipeline.staging_bytes + bulk.staging_bytes + misc.staging_bytes,
+            extra_rss_bytes=None if memory is None else memory.extra_bytes,
+            required_bytes=agreed.plan.required_bytes,
+            predictions=agreed.choice.predictions,
+            engine_copies=bulk.engine_copies,
+            kernel_launches=bulk.kernel_launches,
+        )
+        if self.rank == 0 and report.predicted_s is not None:
+            seconds = total_s, report.predicted_s
+            log.info("refit %d by '%s' took %.4f s, predicted %.4f s", version, report.transport, *seconds)
+        return report
+
     # ---- helpers
 
     @property
-    def _link(self) -> _Link:
+    def _link(self) -> Link:
         if self._link_or_none is None:
             raise RuntimeError("connect() comes first")
         return self._link_or_none
@@ -423,3 +408,5 @@ class RefitSession:
             self._agreed_or_none.lane.close()
         if self._link_or_none is not None:
             self._link_or_none.channel.close()
+        if self._control is not None:
+            self._control.close()

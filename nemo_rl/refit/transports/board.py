@@ -1,4 +1,4 @@
-"""A progress board of one host: counters in memory that all ranks of a session map, read without a message.
+"""A progress board of one host: memory that all ranks of a session map, so that they meet without a message.
 
 Each rank writes its own counters and reads those of all others. A counter that grew says that what its rank did before
 is done: work on a device is waited for before it is posted, and stores of x86-64 processors stay in order.
@@ -6,58 +6,80 @@ is done: work on a device is waited for before it is posted, and stores of x86-6
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
+import platform
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import TransferError
 
-_LINE = 8  # counters of a cache line, so that no two ranks write to the same one
-_SPINS = 100  # looks without a pause: what is due within microseconds is seen at once
+_LINE = 8  # words of a cache line, so that no two ranks write to the same one
+MOST_WORDS = 4  # that a rank brings to a meeting
+_DECISION, _MOST_TEXT = 2, 1024  # words before the text of a decision (its number, the bytes of the text); bytes of it
+# Looking on without a pause sees at once what is due soon, and takes a processor and the interpreter: for long only
+# where this host has processors to spare and this process no other threads.
+_SPIN_S, _SPARE_S = 5e-5, 20e-3
 _PAUSE_S, _MOST_S = 20e-6, 1e-4
 _CHECK_S = 0.05  # between two looks at what tells of failures
 
 
 class Board:
-    """One rank's view of the counters of all ranks, each of which starts at 0 and never falls.
+    """One rank's view of the counters of all ranks, each of which starts at 0 and never falls between two `restart`.
 
     Args:
         control: of the session; names ranks, has the deadline and the abort flag.
-        words: the shared counters, `lanes` rounded up to a cache line for each rank.
-        pids: process of each rank, by rank.
+        file: the shared memory, opened by this rank alone, which `close` closes.
+        processes: (pid, time of its start) of each rank, by rank.
         lanes: counters a rank.
     """
 
-    def __init__(self, control: Control, words: mmap.mmap, pids: Sequence[int], lanes: int) -> None:
-        self._control, self._map, self._pids, self._lanes = control, words, pids, lanes
-        self._words = memoryview(words).cast("q")
-        self._width = _width(lanes)
-        self._meetings = 0
+    def __init__(
+        self, control: Control, file: BinaryIO, processes: Sequence[tuple[int, int | None]], lanes: int
+    ) -> None:
+        self._control, self._file, self._processes = control, file, processes
+        self._map = mmap.mmap(file.fileno(), _size(control, lanes))
+        self._words = memoryview(self._map).cast("q")
+        self._width, self._lanes = _width(lanes), lanes
+        self._everyone = range(control.world.size)
+        self._spare = len(os.sched_getaffinity(0)) >= 2 * control.world.size
+        self._meetings = self._decisions = 0
 
     @classmethod
-    def open(cls, control: Control, lanes: int = 1) -> Board:
+    def open(cls, control: Control, lanes: int = 0) -> Board:
         """The board of a session; every rank calls it. Nothing of it has a name that would outlive the ranks.
 
         Raises:
-            TransferError: ranks are not processes of one host and user, or one did not come within the deadline.
+            OSError: ranks cannot share memory, on all of them; the first one by name, and why.
+            TransferError: a rank did not come within the deadline.
         """
-        size, first = control.world.size * _width(lanes) * 8, control.world.trainers[0]
+        first = control.world.trainers[0]
         made = os.memfd_create("refit-board") if control.rank == first else -1
         try:
             if made >= 0:
-                os.ftruncate(made, size)
-            told = control.gather("connect", json.dumps([os.getpid(), made]).encode())
-            pids, files = zip(*(json.loads(told[rank]) for rank in range(control.world.size)), strict=True)
-            words = _map(control, pids[first], files[first], size)
-            control.meet("connect")
+                os.ftruncate(made, _size(control, lanes))
+            pid = os.getpid()
+            mine = [(pid, _born(pid)), made, made >= 0 and os.fstat(made).st_ino]
+            told = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
+            processes = [(told[r][0][0], told[r][0][1]) for r in range(control.world.size)]
+            file, problem = _opened(processes, processes[first][0], *told[first][1:])
+            said = control.gather("connect", problem.encode())
         finally:
             if made >= 0:
                 os.close(made)
-        return cls(control, words, pids, lanes)
+        wrong = next((f"{control.world.describe(r)}: {text.decode()}" for r, text in said.items() if text), None)
+        if file is None or wrong is not None:
+            raise OSError(wrong)
+        return cls(control, file, processes, lanes)
+
+    # ---- counters
 
     def post(self, value: int, lane: int = 0) -> None:
         """Say `value`, at least what this rank said last. Raises ValueError where it is less."""
@@ -69,6 +91,13 @@ class Board:
     def seen(self, rank: int, lane: int = 0) -> int:
         """What `rank` said last."""
         return self._words[self._at(rank, lane)]
+
+    def restart(self, phase: str) -> None:
+        """All counters start at 0 again; every rank calls it, with nothing under way. Raises as `wait`."""
+        self.meet(phase)
+        for lane in range(self._lanes):
+            self._words[self._at(self._control.rank, lane)] = 0
+        self.meet(phase)
 
     def wait(
         self,
@@ -96,13 +125,6 @@ class Board:
 
         self.until(done, {lane: values}, phase, end)
 
-    def meet(self, phase: str, lane: int) -> None:
-        """All ranks come here within the session's deadline; `lane` is for nothing else. Raises as `wait`."""
-        self._meetings += 1
-        self.post(self._meetings, lane)
-        everyone = dict.fromkeys(range(self._control.world.size), self._meetings)
-        self.wait(everyone, phase, time.monotonic() + self._control.deadline_s, lane, self._control.idle)
-
     def until(self, done: Callable[[], bool], awaited: Mapping[int, Mapping[int, int]], phase: str, end: float) -> None:
         """Until `done`, which may do what can be done without waiting, or `end` (monotonic).
 
@@ -112,11 +134,10 @@ class Board:
         Raises:
             TransferError, RefitError: as `wait`.
         """
-        spins, pause, check = _SPINS, _PAUSE_S, time.monotonic() + _CHECK_S
+        now = time.monotonic()
+        check, pause = now + _CHECK_S, _PAUSE_S
+        eager = now + (_SPARE_S if self._spare and threading.active_count() == 1 else _SPIN_S)
         while not done():
-            if spins:
-                spins -= 1
-                continue
             now = time.monotonic()
             if now > check or now > end:
                 for lane, values in awaited.items():
@@ -125,20 +146,84 @@ class Board:
             if now > end:
                 lane, late = next(((n, late) for n, v in awaited.items() if (late := self._late(v, n))), (0, {}))
                 self._give_up("waited until the deadline for", late, phase, lane)
-            time.sleep(pause)
-            pause = min(2 * pause, _MOST_S)
+            if now < eager:
+                os.sched_yield()
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _MOST_S)
+
+    # ---- meetings and decisions
+
+    def meet(self, phase: str, words: Sequence[int] = ()) -> list[tuple[int, ...]]:
+        """See `Control.meet`."""
+        assert len(words) <= MOST_WORDS
+        self._meetings += 1
+        # Two places in turn: who comes to the next meeting but one has seen that all have left this one.
+        place = self._lanes + 1 + MOST_WORDS * (self._meetings % 2)
+        starts = [rank * self._width + place for rank in self._everyone]
+        for i, word in enumerate(words, starts[self._control.rank]):
+            self._words[i] = word
+        self.post(self._meetings, self._lanes)
+        end = time.monotonic() + self._control.deadline_s
+        self.wait(dict.fromkeys(self._everyone, self._meetings), phase, end, self._lanes)
+        return [tuple(self._words[start : start + len(words)]) for start in starts]
+
+    def decide(self, answer: str, phase: str) -> str:
+        """The answer that the first rank gave to this question; every rank gets the same, whatever it wanted itself.
+
+        All ranks ask the same questions in the same order, and ask no other before all have this answer. A process
+        that ends on the way holds up nobody.
+
+        Raises:
+            TransferError: another rank was about to answer until the deadline.
+        """
+        self._decisions += 1
+        at = self._width * len(self._everyone)
+        start = 8 * (at + _DECISION)
+        with self._locked(phase):
+            if self._words[at] < self._decisions:
+                text = answer.encode()[:_MOST_TEXT]
+                self._map[start : start + len(text)] = text
+                self._words[at + 1] = len(text)
+                self._words[at] = self._decisions  # last: until then, nothing is decided
+            assert self._words[at] == self._decisions, f"{self._words[at]} is decided, {self._decisions} was asked"
+            return self._map[start : start + self._words[at + 1]].decode(errors="replace")
+
+    @contextmanager
+    def _locked(self, phase: str) -> Iterator[None]:
+        """The kernel gives up the lock of a process that ends."""
+        end = time.monotonic() + self._control.deadline_s
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise TransferError(
+                        f"another rank was about to decide for {self._control.deadline_s:g} s",
+                        rank=self._control.rank,
+                        phase=phase,
+                        remedy="look for a process of this session that is stopped; remake the session",
+                    ) from error
+                time.sleep(_PAUSE_S)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    # ---- failures
 
     def look(self, values: Mapping[int, int], phase: str, lane: int = 0) -> None:
         """Whether waiting for `values` still makes sense, for who waits by other means. Raises as `wait`."""
         self._control.raise_if_aborted(phase)
-        ended = [rank for rank in self._late(values, lane) if _ended(self._pids[rank])]
+        ended = [rank for rank in self._late(values, lane) if self._ended(rank)]
         # Read again: a rank may say its last word and end between two looks.
         if late := self._late({rank: values[rank] for rank in ended}, lane):
             self._give_up("the process ended of", late, phase, lane)
 
     def check_alive(self, ranks: Iterable[int], phase: str) -> None:
         """For who waits for `ranks` by other means. Raises TransferError where the process of one ended."""
-        ended = [rank for rank in sorted(ranks) if _ended(self._pids[rank])]
+        ended = [rank for rank in sorted(ranks) if self._ended(rank)]
         if ended:
             names = ", ".join(map(self._control.world.describe, ended))
             raise TransferError(
@@ -148,17 +233,22 @@ class Board:
                 remedy="look at those ranks' logs; remake the session",
             )
 
+    def _ended(self, rank: int) -> bool:
+        pid, born = self._processes[rank]
+        return _born(pid) != born
+
     def _late(self, values: Mapping[int, int], lane: int) -> dict[int, int]:
         return {rank: value for rank, value in values.items() if self.seen(rank, lane) < value}
 
     def close(self) -> None:
         """Unmap; idempotent."""
         self._words.release()
-        if not self._map.closed:
-            self._map.close()
+        self._map.close()
+        self._file.close()
 
     def _at(self, rank: int, lane: int) -> int:
-        assert 0 <= lane < self._lanes, f"lane {lane} of {self._lanes}"
+        """Behind the lanes of a rank: the number of meetings that it came to, and two places for words it brought."""
+        assert 0 <= lane <= self._lanes, f"lane {lane} of {self._lanes}"
         return rank * self._width + lane
 
     def _give_up(self, what: str, late: Mapping[int, int], phase: str, lane: int) -> None:
@@ -175,31 +265,38 @@ class Board:
 
 
 def _width(lanes: int) -> int:
-    """Counters from one rank's first to the next one's."""
-    return -(-lanes // _LINE) * _LINE
+    """Words from one rank's first to the next one's."""
+    return -(-(lanes + 1 + 2 * MOST_WORDS) // _LINE) * _LINE
 
 
-def _map(control: Control, pid: int, number: int, size: int) -> mmap.mmap:
-    """`size` bytes of the file that process `pid` has open under `number`."""
+def _size(control: Control, lanes: int) -> int:
+    """Bytes: what each rank says, then what they decided."""
+    return control.world.size * _width(lanes) * 8 + _DECISION * 8 + _MOST_TEXT
+
+
+def _opened(
+    processes: Sequence[tuple[int, int | None]], pid: int, number: int, inode: int
+) -> tuple[BinaryIO | None, str]:
+    """File `inode` that process `pid` has open under `number`, or why ranks cannot share it."""
+    if platform.machine() != "x86_64":
+        return None, f"on {platform.machine()}, ranks may see each other's counters before what was done"
+    strange = next((p for p, born in processes if born is None or _born(p) != born), None)
+    if strange is not None:
+        return None, f"process {strange} is not seen or another one here: no common process ids"
     try:
-        opened = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        file = os.fdopen(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC), "r+b", buffering=0)
     except OSError as error:
-        raise TransferError(
-            f"the board of process {pid} cannot be opened: {error}",
-            rank=control.rank,
-            phase="connect",
-            remedy="run all ranks of a host as one user and with common process ids, or choose another transport",
-        ) from error
-    try:
-        return mmap.mmap(opened, size)
-    finally:
-        os.close(opened)
+        return None, f"the board of process {pid} cannot be opened: {error}"
+    if os.fstat(file.fileno()).st_ino != inode:
+        file.close()
+        return None, f"process {pid} has another file here than it says: no common process ids"
+    return file, ""
 
 
-def _ended(pid: int) -> bool:
-    """Whether the process is gone, or dead and not yet waited for by its parent."""
+def _born(pid: int) -> int | None:
+    """When the process started, in ticks since boot; None where it is gone, or dead and its parent has not waited."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

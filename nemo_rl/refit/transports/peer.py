@@ -62,8 +62,7 @@ class Peer:
         self._windows = Windows(self._memory, self._rank, self._layouts)
         self._staged = _staged(setting.plan.bulk, setting.landings)
         self._some_staged = bool(self._staged.any())
-        self._board: Board | None = None  # lanes: each taker's, one for what moved, one to meet
-        self._meetings = 0
+        self._board = _board(setting)
         self._arrange(setting.landings)
         self._tried = not (self._memory.puts or self._relay.num_steps)
         self._parts: list[Part] | None = None
@@ -81,7 +80,7 @@ class Peer:
         end = time.monotonic() + deadline_s
         before = self._memory.num_copies, self._memory.num_launches
         self._try_to_show(tracker)
-        self._meet(src_view, tracker, end)
+        self._meet(src_view, tracker)
         self._carry(tracker, end)
         if self._some_staged:
             self._take_staged(tracker, end)
@@ -91,9 +90,6 @@ class Peer:
     def close(self) -> None:
         self._starts = -1, []
         self._memory.close()
-        if self._board is not None:
-            self._control.meet_by(None)  # whoever moves next, after links were measured, may have no board
-            self._board.close()
 
     # ---- who moves what
 
@@ -107,10 +103,6 @@ class Peer:
         self._mine = self._schedule.moved_by(self._rank)
         self._wire_bytes = relay.wire_bytes(copies, self._rank)
         self._tells, self._hears = self._who_needs_whom()
-        if self._board is None:
-            lanes = self._world.size + 2
-            board = self._board = Board.open(self._control, lanes)
-            self._control.meet_by(lambda phase: board.meet(phase, lanes - 1))
         self._carrier = Carrier(self._board, self._schedule, self._rank)
         if self._rank == self._world.trainers[0] and relay.num_steps:
             log.info("%s", relay.describe(self._world, copies))
@@ -154,7 +146,7 @@ class Peer:
 
     # ---- where rows are
 
-    def _meet(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None, end: float) -> None:
+    def _meet(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> None:
         """Tell others where this rank's rows are, if that is new, and open what they say. All ranks come here first."""
         shown = {side for sides in self._tells.values() for side in sides}
         news: dict[Side, bytes] = {}
@@ -165,7 +157,7 @@ class Peer:
         if tracker is not None and self._lands_in_place:
             held = tracker.rows(IN_PLACE)
             news["landing"] = self._windows.locate("landing", held, lambda: held, "landing" in shown)
-        if not self._anything_moved(any(news.values()), end):
+        if not self._anything_moved(any(news.values())):
             return
         outgoing = {
             rank: _packed({s: news[s] for s in sorted(sides) if news[s]}) for rank, sides in self._tells.items()
@@ -175,14 +167,9 @@ class Peer:
             for side, data in _unpacked(told).items():
                 self._open((rank, side), data)
 
-    def _anything_moved(self, here: bool, end: float) -> bool:
-        """Whether rows of any rank moved. The board tells sooner than messages that none did, as is usual."""
-        assert self._board is not None
-        self._meetings += 1
-        lane, first = self._world.size, 2 * self._meetings
-        self._board.post(first + here, lane)
-        self._board.wait(dict.fromkeys(range(self._world.size), first), "transfer", end, lane)
-        return any(self._board.seen(rank, lane) > first for rank in range(self._world.size))
+    def _anything_moved(self, here: bool) -> bool:
+        """Whether rows of any rank moved. A meeting tells sooner than messages that none did, as is usual."""
+        return any(moved for (moved,) in self._control.meet("transfer", (int(here),)))
 
     def _source_rows(self, src_view: Callable[[int, Region], torch.Tensor]) -> dict[int, torch.Tensor]:
         """Views of the rows that travel."""
@@ -193,7 +180,6 @@ class Peer:
     def _exchange(self, outgoing: Mapping[int, bytes], ranks: Iterable[int]) -> dict[int, bytes]:
         """As `Control.exchange`; a rank whose process ended is named at once, not by who waits for who waits for it."""
         board, awaited = self._board, set(ranks)
-        assert board is not None
         return self._control.exchange("transfer", outgoing, awaited, lambda: board.check_alive(awaited, "transfer"))
 
     def _open(self, end: End, told: bytes) -> None:
@@ -301,6 +287,20 @@ class Peer:
         return TransferError(
             text, rank=self._rank, phase="transfer", remedy=f"check whether {names} is alive; remake the session"
         )
+
+
+def _board(setting: Setting) -> Board:
+    """The session's, a lane for each taker, with all counters at 0; every rank calls it."""
+    board = setting.control.board
+    if board is None:
+        raise TransferError(
+            "'peer' needs memory that all ranks share, and there is none",
+            rank=setting.rank,
+            phase="agree",
+            remedy="see the log for why; choose another transport",
+        )
+    board.restart("agree")
+    return board
 
 
 def _staged(copies: CopyTable, landings: Mapping[int, Layout]) -> np.ndarray:

@@ -117,13 +117,17 @@ def share_facts(control: Control, fact: Fact) -> Facts:
     return {r: Fact(**json.loads(b)) for r, b in control.gather("connect", json.dumps(asdict(fact)).encode()).items()}
 
 
-def candidates(control: Control, options: RefitOptions, facts: Facts) -> tuple[Transport, ...]:
+def candidates(control: Control, options: RefitOptions, facts: Facts, boardless: str | None) -> tuple[Transport, ...]:
     """The transport that the options name, or all of `AUTO` that all ranks support; every rank calls it.
+
+    Args:
+        boardless: why ranks have no board, without which one-sided transports are not possible; None where they have.
 
     Raises:
         TransferError: a rank does not support what was asked for; the reason and the rank.
     """
     mine = {t.name: t.unsupported(control.rank, control.world, facts) for t in TRANSPORTS.values()}
+    mine |= {name: mine[name] or boardless for name, t in TRANSPORTS.items() if t.one_sided}
     said = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
     reasons = {
         name: next((f"{control.world.describe(r)}: {text[name]}" for r, text in said.items() if text[name]), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
@@ -23,11 +24,13 @@ WORLD = World.of(1, 2)
 def started(work):
     """Ranks 1 and 2 as processes that open the board and `work(board, rank)`, and this process's board of rank 0."""
 
-    def run(rank, port):
-        return work(Board.open(Control(rank, WORLD, ("127.0.0.1", port), 10), lanes=2), rank)
+    def opened(rank, store):
+        control = Control(rank, WORLD, store, 10)
+        control.board = Board.open(control, lanes=2)
+        return control.board
 
-    ranks = Forked((1, 2), run)
-    return ranks, Board.open(Control(0, WORLD, ranks.store, 10), lanes=2)
+    ranks = Forked((1, 2), lambda rank, port: work(opened(rank, ("127.0.0.1", port)), rank))
+    return ranks, opened(0, ranks.store)
 
 
 def soon(seconds=10):
@@ -63,7 +66,6 @@ def test_ranks_meet_without_the_store_and_a_dead_one_is_named():
         for turn in range(1, 50):
             assert min(board.seen(r) for r in range(3)) >= turn - 1, "left the last meeting early"
             board.post(turn)
-            board._control.meet_by(lambda phase: board.meet(phase, 1))
             board._control.meet("begin")
             assert min(board.seen(r) for r in range(3)) >= turn
         if rank == 2:
@@ -75,10 +77,10 @@ def test_ranks_meet_without_the_store_and_a_dead_one_is_named():
     before = board._control._sequence
     for turn in range(1, 50):
         board.post(turn)
-        board.meet("begin", 1)
+        board._control.meet("begin")
         assert min(board.seen(r) for r in range(3)) >= turn
     with pytest.raises(TransferError, match="which said 49 of 50"):
-        board.meet("commit", 1)
+        board._control.meet("commit")
     assert board._control._sequence == before and ranks.codes() == {1: 0, 2: -signal.SIGKILL}
     board.close()
 
@@ -125,15 +127,110 @@ def test_waits_end_at_the_deadline_and_at_an_abort():
     assert ranks.codes() == {1: 1, 2: 1}, "an abort ends the waits of all"
 
 
-def test_a_board_of_which_nothing_can_be_read_is_refused(monkeypatch):
+def refused(monkeypatch, name, value, text):
+    """No rank of two gets a board, and each is told why."""
     store = dist.HashStore()
     members = [Control(rank, World.of(1, 1), store, 2) for rank in range(2)]
-    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError("not yours")))
-    with ThreadPoolExecutor(2) as pool:
-        results = [pool.submit(Board.open, member) for member in members]
-        for result in results:
-            with pytest.raises(TransferError, match="cannot be opened: not yours"):
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(name, value)
+        for result in [pool.submit(Board.open, member) for member in members]:
+            with pytest.raises(OSError, match=text):
                 result.result()
+
+
+def test_ranks_that_cannot_share_memory_have_no_board(monkeypatch):
+    def closed(*_):
+        raise PermissionError("not yours")
+
+    first = r"trainer 0 \(rank 0\): "
+    refused(monkeypatch, "os.open", closed, first + "the board of process [0-9]+ cannot be opened: not yours")
+    opened = os.open
+    refused(monkeypatch, "os.open", lambda *_: opened("/dev/zero", os.O_RDWR), first + ".* has another file here")
+    seen = iter((5, 5, None, 6, None, 6))  # each rank's own, then what it finds
+    refused(monkeypatch, "nemo_rl.refit.transports.board._born", lambda _: next(seen), "no common process ids")
+    refused(monkeypatch, "platform.machine", lambda: "aarch64", first + "on aarch64, ranks may see")
+
+
+def test_one_rank_that_cannot_is_named_to_all():
+    """The others, which could, have no board either."""
+
+    def blind(rank, port):
+        if rank == 2:
+            os.open = lambda *_: (_ for _ in ()).throw(PermissionError("not yours"))
+        with pytest.raises(OSError, match=r"generator 1 \(rank 2\): the board of process .* not yours"):
+            Board.open(Control(rank, WORLD, ("127.0.0.1", port), 10))
+
+    ranks = Forked((1, 2), blind)
+    with pytest.raises(OSError, match=r"generator 1 \(rank 2\): the board of process"):
+        Board.open(Control(0, WORLD, ranks.store, 10))
+    assert ranks.codes() == {1: 0, 2: 0}
+
+
+def test_the_first_of_many_answers_is_everyones():
+    """Three processes answer at once, again and again; whoever is first, all get its answer."""
+
+    def answers(board, rank):
+        got = []
+        for turn in range(300):
+            board.meet("commit")
+            got.append(board.decide(f"{turn} as rank {rank} wants", "commit"))
+        digest = int.from_bytes(hashlib.sha256("".join(got).encode()).digest()[:7], "little")
+        assert {word for (word,) in board.meet("commit", (digest,))} == {digest}
+        return got
+
+    def child(board, rank):
+        answers(board, rank)
+
+    ranks, board = started(child)
+    got = answers(board, 0)
+    assert ranks.codes() == {1: 0, 2: 0}
+    assert all(text in {f"{turn} as rank {rank} wants" for rank in range(3)} for turn, text in enumerate(got))
+    assert board._decisions == 300 and len({text.split()[3] for text in got}) > 1, "ranks really contend"
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_a_process_killed_while_it_decides_holds_up_nobody(wrote):
+    """Before it decided, and with half of its answer written: the next one's counts."""
+
+    def die(board, rank):
+        assert board.decide("yes", "commit") == "yes"
+        board.meet("committed")
+        if rank == 2:
+            with board._locked("commit"):
+                if wrote:
+                    start = 8 * (3 * board._width + 2)
+                    board._map[start : start + 4] = b"half"
+                    board._words[3 * board._width + 1] = 4
+                board.post(1)
+                time.sleep(30)
+        board.wait({0: 1}, "commit", soon())
+        assert board.decide("no", "commit") == "no: it died"
+
+    ranks, board = started(die)
+    assert board.decide("yes", "commit") == "yes"
+    board.meet("committed")
+    board.wait({2: 1}, "commit", soon())
+    board._control.deadline_s = 0.05
+    with pytest.raises(TransferError, match="another rank was about to decide for 0.05 s"):
+        board.decide("no", "commit")
+    os.kill(ranks.pids[2], signal.SIGKILL)
+    board._control.deadline_s, board._decisions = 10, 1
+    assert board.decide("no: it died", "commit") == "no: it died"
+    board.post(1)
+    assert ranks.codes() == {1: 0, 2: -signal.SIGKILL}
+
+
+def test_counters_start_again_when_all_have_come():
+    def count(board, rank):
+        for _ in range(20):
+            board.post(rank, lane=1)
+            board.wait({1: 1, 2: 2}, "transfer", soon(), lane=1)
+            board.restart("agree")
+            assert board.seen(rank, lane=1) == 0
+
+    ranks, board = started(count)
+    count(board, 0)
+    assert ranks.codes() == {1: 0, 2: 0}
 
 
 def test_threads_of_one_process_have_boards_too():

@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_rl.refit import control
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.control import Control
-from nemo_rl.refit.errors import RefitError, TransferError
+from nemo_rl.refit.declare import agree
+from nemo_rl.refit.errors import AgreementError, RefitError, TransferError
 from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.transports.board import Board
 
 from .planted import model, rows_of, two_by_two
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any
@@ -20,6 +23,14 @@ from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, ra
 def controls(count=3, deadline_s=5.0):
     store, world = dist.HashStore(), World.of(1, count - 1)
     return [Control(rank, world, store, deadline_s) for rank in range(count)], store
+
+
+def boarded():
+    """Controls that meet on a board."""
+    members, store = controls()
+    for member, board in zip(members, together(members, Board.open), strict=True):
+        member.board = board
+    return members, store
 
 
 def together(members, call):
@@ -59,7 +70,8 @@ def test_what_everyone_has_read_is_deleted():
     assert store.num_keys() == first == len(members), "one key a rank: that of the last gather"
 
 
-def test_refits_leave_nothing_in_the_store():
+def test_refits_leave_nothing_in_the_store(monkeypatch):
+    monkeypatch.setattr(control, "_MOST_READ", 0)
     sim, _, _, _ = two_by_two(misc=("w0",))
     raise_any(sim.start())
     raise_any(sim.refit(1))
@@ -69,18 +81,81 @@ def test_refits_leave_nothing_in_the_store():
     assert sim.store.num_keys() == before
 
 
-def test_the_first_answer_binds_all():
-    members, _ = controls()
-    members[2].gather = lambda *_: (_ for _ in ()).throw(  # this rank gave up a moment before the others came
-        TransferError("too late", rank=2, phase="commit", remedy="none")
-    )
-    with pytest.raises(TransferError, match="too late"):
-        members[2].settle("commit", "1")
-    for member in members[:2]:
-        member.gather = lambda *_: {}
-        with pytest.raises(TransferError, match=r"another rank decided against it \(no: too late\)"):
-            member.settle("commit", "1")
-        member.settle("commit", "2")
+def test_what_everyone_has_read_is_deleted_while_ranks_wait():
+    """A meeting on a board costs no time for it, but keys do not pile up where no rank ever waits."""
+    members, store = boarded()
+
+    def step(c):
+        c.exchange("x", {2: b"a", 1: b"b"} if c.rank == 0 else {}, () if c.rank == 0 else (0,))
+        c.meet("y")
+
+    before = store.num_keys()
+    together(members, step)
+    assert store.num_keys() == before + 2
+    for member in members:
+        for _ in range(4):
+            member.idle()
+    assert store.num_keys() == 0
+    for _ in range(40):
+        together(members, step)
+    assert 0 < store.num_keys() <= control._MOST_READ + 2
+
+
+@pytest.mark.parametrize("where", ["store", "board"])
+def test_ranks_agree_or_say_who_differs_in_what(where):
+    """What a rank says nothing of is no difference; what the first trainer says nothing of and others do is one."""
+    members, _ = boarded() if where == "board" else controls()
+    same = {"plan digest": "ab", "version": 7, "optimizer steps": None}
+    together(members, lambda c: agree(c, same))
+    together(members, lambda c: agree(c, {**same, "optimizer steps": None if c.rank else 3}))
+    for items, text in (
+        ({"version": 8}, "generator 1 (rank 2) has version 8, trainer 0 (rank 0) has 7"),
+        ({"optimizer steps": 4}, "generator 1 (rank 2) has optimizer steps 4, trainer 0 (rank 0) has None"),
+        (
+            {"plan digest": "cd", "version": 8},
+            "generator 1 (rank 2) has plan digest cd, trainer 0 (rank 0) has ab; "
+            "generator 1 (rank 2) has version 8, trainer 0 (rank 0) has 7",
+        ),
+    ):
+
+        def differs(c, items=items):
+            with pytest.raises(AgreementError) as caught:
+                agree(c, {**same, **items} if c.rank == 2 else same)
+            return caught.value.detail
+
+        assert together(members, differs) == [text] * 3
+
+
+@pytest.mark.parametrize("where", ["store", "board"])
+def test_ranks_bring_words_to_a_meeting(where):
+    members, _ = boarded() if where == "board" else controls()
+
+    def bring(c):
+        for turn in range(50):
+            said = c.meet("x", (turn, -(2**63) + c.rank, 2**63 - 1 - turn))
+            assert said == [(turn, -(2**63) + rank, 2**63 - 1 - turn) for rank in range(3)]
+            assert c.meet("x") == [()] * 3
+
+    together(members, bring)
+
+
+@pytest.mark.parametrize("where", ["store", "board"])
+def test_a_rank_that_decided_early_or_late_gets_the_first_answer(where):
+    """Rank 2 gives up on the others, which come a moment later, or they have decided when it gives up."""
+    for first, want in ((2, "no: too late"), (0, "yes")):
+        members, _ = boarded() if where == "board" else controls()
+        late = TransferError("too late", rank=2, phase="commit", remedy="none")
+        members[2].meet = lambda *_, late=late: (_ for _ in ()).throw(late)
+        for member in members[:2]:
+            member.meet = lambda *_: []
+        for member in [members[first], *(m for m in members if m.rank != first)]:
+            if want == "yes":
+                member.settle("commit", "1")
+            else:
+                with pytest.raises(TransferError, match="too late" if member.rank == 2 else r"\(no: too late\)"):
+                    member.settle("commit", "1")
+        for member in members[:2]:
+            member.settle("commit", "2")  # another question
 
 
 def test_an_abort_ends_waits_at_once_and_the_first_report_stays():

@@ -119,6 +119,35 @@ def test_one_flipped_bit_on_the_wire_is_not_committed(units):
     assert all(isinstance(r, PoisonedError) for r in sim.refit(2).values())
 
 
+def test_ranks_without_common_memory_meet_at_the_store(monkeypatch, caplog):
+    """Also those of one host; only `peer` needs a board, and says why there is none."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    caplog.set_level("INFO")
+    sim, _, landings, full = two_by_two()
+    raise_any(sim.start())
+    assert all(s._link.control.board is None for s in sim.sessions)
+    assert "meet at the store, which takes longer: trainer 0 (rank 0): on aarch64" in caplog.text
+    for version in (1, 2):
+        raise_any(sim.refit(version))
+    for landing in landings:
+        check(landing, full, False)
+    sim, *_ = two_by_two(options=RefitOptions(transport="peer", deadline_s=5))
+    for result in sim.all(lambda s: s.connect()).values():
+        assert isinstance(result, TransferError)
+        assert "'peer' is not possible (trainer 0 (rank 0): no memory that all ranks share (trainer 0" in str(result)
+
+
+def test_a_closed_session_gives_up_its_board():
+    sim, *_ = two_by_two()
+    raise_any(sim.start())
+    boards = [s._link.control.board for s in sim.sessions]
+    raise_any(sim.refit(1))
+    for session in sim.sessions:
+        session.close()
+        session.close()
+    assert all(board._map.closed and board._file.closed for board in boards)
+
+
 def test_agree_refuses_a_rank_with_other_options():
     base = RefitOptions(deadline_s=10)
     other = RefitOptions(deadline_s=10, bucket_bytes=1024)
