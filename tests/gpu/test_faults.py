@@ -40,10 +40,20 @@ class Ranks:
         return {path.stem: path.read_text() for path in sorted(self._folder.glob("*.log"))}
 
 
-def play(folder: Path, transport: str, generators: int, victim: int, fault: str) -> dict[str, str]:
+def play(folder: Path, transport: str, generators: int, victim: int, fault: str, *more: str) -> dict[str, str]:
     """All ranks of a scenario, and who comes for a killed one; their logs. Whoever is late is killed."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
-    arguments = ["--transport", transport, "--generators", str(generators), "--victim", str(victim), "--fault", fault]
+    arguments = [
+        "--transport",
+        transport,
+        "--generators",
+        str(generators),
+        "--victim",
+        str(victim),
+        "--fault",
+        fault,
+        *more,
+    ]
     ranks = Ranks(folder, store.port, arguments)
     running = [ranks.start(rank) for rank in range(1 + generators)]
     if fault == "killed":
@@ -69,9 +79,10 @@ def test_a_rank_killed_while_memory_is_read(generators: int, victim: int, tmp_pa
 
 @pytest.mark.gpu(2)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="nccl moves CUDA tensors")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_while_messages_travel(victim: int, tmp_path: Path) -> None:
-    logs = play(tmp_path, "nccl", 1, victim, "killed")
+@pytest.mark.parametrize(("victim", "more"), [(0, ()), (1, ()), (0, ("--at-once",))])
+def test_a_rank_killed_while_messages_travel(victim: int, more: tuple[str, ...], tmp_path: Path) -> None:
+    """Between ranks that know each other, and before they connected."""
+    logs = play(tmp_path, "nccl", 1, victim, "killed", *more)
     assert logs[f"rank{1 - victim}"].endswith("ok\n")
 
 
