@@ -30,8 +30,9 @@ class Rates:
     Attributes:
         start_s: of a run that moves next to nothing.
         message_s, copy_s: of one message and of one copy, beside its bytes.
+        fill_s: once, where copies are packed beside the wire: the first message before it, the last one behind it.
         run_bytes_per_s: of long runs, from storage to storage.
-        short_bytes_per_s: of bytes in short runs, or that are packed into messages with others.
+        short_bytes_per_s: of bytes in short runs, or, where packing holds up the wire, packed with others.
         one_sided: receivers read each copy from where it lies; otherwise copies that share a message are packed.
         overlaps: a rank starts copies while the bytes of earlier ones move.
     """
@@ -39,6 +40,7 @@ class Rates:
     start_s: float
     message_s: float
     copy_s: float
+    fill_s: float
     run_bytes_per_s: float
     short_bytes_per_s: float
     one_sided: bool
@@ -117,12 +119,15 @@ class Load:
             return rates.start_s + self.span(moving + starting)
         ends = (self.dst,) if rates.one_sided else (self.dst, self.src)
         started = max(float(np.bincount(end, starting).max(initial=0.0)) for end in ends)
-        return rates.start_s + max(self.span(moving), started)
+        packed = bool(((self.num_copies > 1) | (self.strided_bytes > 0)).any())
+        return rates.start_s + packed * rates.fill_s + max(self.span(moving), started)
 
     def _moving_s(self, rates: Rates) -> np.ndarray:
         short = self.short_bytes
         if not rates.one_sided:
-            short = np.where(self.num_copies > 1, self.num_bytes, self.strided_bytes)
+            short = self.strided_bytes
+            if not rates.overlaps:
+                short = np.where(self.num_copies > 1, self.num_bytes, short)
         found: np.ndarray = (self.num_bytes - short) / rates.run_bytes_per_s + short / rates.short_bytes_per_s
         return found
 

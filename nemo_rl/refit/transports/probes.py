@@ -34,10 +34,11 @@ from nemo_rl.refit.transports.nccl import NcclChannel
 from nemo_rl.refit.transports.registry import open_channel
 
 _MOST_PAIRS = 8  # that are measured in a large world
-_REPEAT = 4  # timed runs of a probe, after one that is not timed
+_REPEAT = {"cuda": 12, "cpu": 4}  # timed runs of a probe, after one that is not timed
+_MEETINGS = 4  # of all ranks that are timed
 _TINY = 1e-9  # seconds; what a difference of two measurements is at least
 _DTYPE = torch.bfloat16
-_UNIT = Rates(0.0, 0.0, 0.0, 1.0, 1.0, one_sided=True, overlaps=False)  # spans in bytes
+_UNIT = Rates(0.0, 0.0, 0.0, 0.0, 1.0, 1.0, one_sided=True, overlaps=False)  # spans in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +64,19 @@ class Probe:
 def probes_of(kind: str, bucket_bytes: int, free_bytes: int | None = None) -> dict[str, Probe]:
     """What is moved on devices of `kind` that have `free_bytes`.
 
-    Long and short runs in two sizes: what the larger takes longer is the price of its bytes alone.
+    Long and short runs in two sizes: what the larger takes longer is the price of its bytes alone. On GPUs they are as
+    many messages as make a rank pack some while others are on their way; what those cost is part of the price.
     """
+    many, few = (15, 5) if kind == "cuda" else (1, 1)
     count, small, row = (256, 2048, 1536) if kind == "cuda" else (64, 2048, 1536)
     most = min((768 << 20) if kind == "cuda" else (24 << 20), count * bucket_bytes)
     most = max(min(most, most if free_bytes is None else free_bytes // 8), 3 * small)
     return {
         "start": Probe(1, 1, small, 1, bucket_bytes),
-        "run": Probe(1, most // small, small, 1, bucket_bytes),
-        "third of run": Probe(1, most // 3 // small, small, 1, bucket_bytes),
-        "short": Probe(1, most // row, row, 2, bucket_bytes),
-        "third of short": Probe(1, most // 3 // row, row, 2, bucket_bytes),
+        "run": Probe(many, most // small // many, small, 1, bucket_bytes),
+        "third of run": Probe(few, most // 3 // small // few, small, 1, bucket_bytes),
+        "short": Probe(many, most // row // many, row, 2, bucket_bytes),
+        "third of short": Probe(few, most // 3 // row // few, row, 2, bucket_bytes),
         "copies": Probe(count, 1, small, 1, bucket_bytes),
         "messages": Probe(count, 1, small, 1, small),
     }
@@ -184,7 +187,7 @@ class _Runner:
         held, views = case.source(self.rank, self.device), case.landing(self.rank, self.device)
         took = []
         try:
-            for _ in range(1 + _REPEAT):
+            for _ in range(1 + _REPEAT[self.device.type]):
                 tracker = case.tracker(self.rank, views)
                 self._control.meet("connect")
                 started = time.monotonic()
@@ -285,7 +288,11 @@ def fit(found: Mapping[str, tuple[Load, float]], *, one_sided: bool, overlaps: b
         moving = 0.0 if overlaps else load.transfer_s(replace(rates, start_s=0.0))
         each[name] = max(seconds - start_s - moving, 0.0) / load.span(load.num_copies)
     message_s = 0.0 if one_sided else max(each["messages"] - each["copies"], 0.0)
-    return replace(rates, copy_s=each["copies"], message_s=message_s)
+    rates = replace(rates, copy_s=each["copies"], message_s=message_s)
+    if one_sided or not overlaps:
+        return rates
+    load, seconds = found["third of short"]
+    return replace(rates, fill_s=max(seconds - load.transfer_s(rates), 0.0))
 
 
 def _slope(small: tuple[float, float], large: tuple[float, float]) -> float:
@@ -312,7 +319,7 @@ def _digest_rates(control: Control, device: torch.device) -> tuple[float, float]
 
 def _digest_s(control: Control, pieces: Pieces, views: Mapping[int, torch.Tensor], count: int) -> float:
     took = []
-    for _ in range(1 + _REPEAT):
+    for _ in range(1 + _MEETINGS):
         control.meet("connect")
         started = time.monotonic()
         ledger = Ledger(count)
@@ -324,9 +331,9 @@ def _digest_s(control: Control, pieces: Pieces, views: Mapping[int, torch.Tensor
 
 def _meet_s(control: Control) -> float:
     started = time.monotonic()
-    for _ in range(_REPEAT):
+    for _ in range(_MEETINGS):
         control.meet("connect")
-    return _worst(control, (time.monotonic() - started) / _REPEAT)
+    return _worst(control, (time.monotonic() - started) / _MEETINGS)
 
 
 def _worst(control: Control, seconds: float) -> float:

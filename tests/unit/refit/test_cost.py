@@ -29,7 +29,7 @@ from .layouts import shard_out
 from .link_clock import run_clock
 from .simulated import make_table
 
-RATES = Rates(0.0, 20e-6, 2e-6, 1e9, 0.5e9, one_sided=False, overlaps=False)
+RATES = Rates(0.0, 20e-6, 2e-6, 0.0, 1e9, 0.5e9, one_sided=False, overlaps=False)
 TOLERANCE = {False: 0.01, True: 0.2}  # of predictions, where ends work one message after the other, and beside the wire
 
 
@@ -58,8 +58,11 @@ def halves(table, axis, count):
 
 
 def by_clock(load, rates, num_streams):
-    """Seconds under the simulated clock of what `rates` say of links; packing is work of the ends, beside the wire."""
-    packed = np.where(load.num_copies > 1, load.num_bytes, load.strided_bytes)
+    """Seconds under the simulated clock of what `rates` say of links.
+
+    Strided bytes take longer, and so do bytes that are packed with others where the ends do not pack beside the wire.
+    """
+    packed = load.strided_bytes if rates.overlaps else np.where(load.num_copies > 1, load.num_bytes, load.strided_bytes)
     fixed = rates.message_s + load.num_copies * rates.copy_s
     slower = packed * (rates.run_bytes_per_s / rates.short_bytes_per_s - 1)
     ends = zip(load.src.tolist(), load.dst.tolist(), fixed.tolist(), (load.num_bytes + slower).tolist(), strict=True)
@@ -94,15 +97,19 @@ def test_runs_are_what_both_ends_hold_in_one_piece():
         assert load.num_bytes.sum() == 8 * 6 * 4 * 4 and load.strided_bytes.sum() == load.short_bytes.sum() == strided
 
 
+def probed(kind, bucket_bytes, rates, num_streams):
+    """Loads of the probes of `kind` and seconds that a clock says of them."""
+    found = {}
+    for name, probe in probes_of(kind, bucket_bytes).items():
+        case = Case.of(World.of(2, 2), probe)
+        load = Load.of(Demand(case.plan, case.sources, case.landings))
+        found[name] = load, rates.start_s + by_clock(load, rates, num_streams)
+    return found
+
+
 def test_what_was_measured_is_what_is_predicted_of_it():
     """Rates are recovered from probes that a clock has run, and say of other plans what the clock says."""
-    world = World.of(2, 2)
-    found = {}
-    for name, probe in probes_of("cpu", 1 << 20).items():
-        case = Case.of(world, probe)
-        load = Load.of(Demand(case.plan, case.sources, case.landings))
-        found[name] = load, 0.001 + by_clock(load, RATES, 1)
-    rates = fit(found, one_sided=False, overlaps=False)
+    rates = fit(probed("cpu", 1 << 20, replace(RATES, start_s=0.001), 1), one_sided=False, overlaps=False)
     assert rates.run_bytes_per_s == pytest.approx(RATES.run_bytes_per_s, rel=0.05)
     assert rates.short_bytes_per_s == pytest.approx(RATES.short_bytes_per_s, rel=0.05)
     assert rates.copy_s == pytest.approx(RATES.copy_s, rel=0.2)
@@ -110,8 +117,25 @@ def test_what_was_measured_is_what_is_predicted_of_it():
     assert rates.start_s == pytest.approx(0.001, rel=0.05)
 
 
-NEAR = Rates(1e-3, 0.0, 3.5e-6, 390e9, 370e9, one_sided=True, overlaps=True)
-WIRE = Rates(2e-4, 40e-6, 4e-6, 350e9, 320e9, one_sided=False, overlaps=True)
+def test_what_fills_the_wire_is_counted_once_and_only_where_something_is_packed():
+    """What the first message is packed for shows in probes of both sizes, and in no plan that packs nothing."""
+    known = replace(WIRE, fill_s=3e-4, copy_s=0.0, message_s=0.0)
+    found = probed("cuda", 64 << 20, known, 3)
+    for name in ("short", "third of short"):
+        found[name] = found[name][0], found[name][1] + known.fill_s
+    rates = fit(found, one_sided=False, overlaps=True)
+    assert rates.fill_s == pytest.approx(known.fill_s, rel=0.05)
+    assert rates.run_bytes_per_s == pytest.approx(known.run_bytes_per_s, rel=0.01)
+    assert rates.short_bytes_per_s == pytest.approx(known.short_bytes_per_s, rel=0.01)
+    assert fit(found, one_sided=True, overlaps=True).fill_s == 0.0
+    table = make_table({f"w{i}": ((1 << 10, 1 << 10), torch.bfloat16) for i in range(64)})
+    rows = [[(f, Region.whole(m.shape)) for f, m in table.items()]]
+    alone, together = (Load.of(demand_of(World.of(1, 1), table, rows, rows, size)) for size in (1 << 20, 64 << 20))
+    assert together.transfer_s(rates) == pytest.approx(alone.transfer_s(rates) + rates.fill_s)
+
+
+NEAR = Rates(1e-3, 0.0, 3.5e-6, 0.0, 390e9, 370e9, one_sided=True, overlaps=True)
+WIRE = Rates(2e-4, 40e-6, 4e-6, 1e-4, 350e9, 320e9, one_sided=False, overlaps=True)
 PCIE = replace(NEAR, run_bytes_per_s=50e9, short_bytes_per_s=40e9)
 
 
