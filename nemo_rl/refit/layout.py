@@ -214,7 +214,7 @@ class Layout:
                 f"layout refused: columns {shapes} do not go with {count} rows of {len(self.names)} tensors"
             )
         ones = (1,) * ndim
-        limit = np.array([m.shape + ones[len(m.shape) :] for m in self.metas], np.int64).reshape(-1, ndim)
+        limit = np.array([m.shape + ones[len(m.shape) :] for m in self.metas], np.int64).reshape(len(self.metas), ndim)
         ends = self.offsets + self.sizes
         bad = np.flatnonzero(((self.offsets < 0) | (self.sizes < 0) | (ends > limit[self.tensor])).any(axis=1))
         if len(bad):
