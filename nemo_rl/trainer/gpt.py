@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -46,6 +46,36 @@ def transformer_config(shape: ModelShape, parallel: Parallel, dtype: torch.dtype
     """Megatron's configuration. Weights start as zeros: they are always read from a checkpoint."""
     kind = TransformerConfig if shape.latent is None else MLATransformerConfig
     return kind(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        # Loss functions divide by the tokens of the global batch themselves; gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+        **_dense_options(shape),
+        **_parallel_options(shape, parallel),
+        **_WITHOUT_KERNELS,
+        **(_sparse_options(shape) if shape.is_moe else {}),
+        **(_latent_options(shape) if shape.latent is not None else {}),
+    )
+
+
+_WITHOUT_KERNELS: Mapping[str, bool] = dict(
+    # These fusions are kernels that need Transformer Engine or Apex.
+    masked_softmax_fusion=False,
+    gradient_accumulation_fusion=False,
+    apply_rope_fusion=False,
+    persist_layer_norm=False,
+    # These would compile code at the first step, which takes longer than small models train.
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+)
+
+
+def _dense_options(shape: ModelShape) -> dict[str, Any]:
+    return dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
@@ -61,12 +91,11 @@ def transformer_config(shape: ModelShape, parallel: Parallel, dtype: torch.dtype
         qk_layernorm=shape.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        init_method=torch.nn.init.zeros_,
-        output_layer_init_method=torch.nn.init.zeros_,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+    )
+
+
+def _parallel_options(shape: ModelShape, parallel: Parallel) -> dict[str, Any]:
+    return dict(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=_virtual(parallel),
@@ -80,18 +109,6 @@ def transformer_config(shape: ModelShape, parallel: Parallel, dtype: torch.dtype
         # batched exchange takes one's message for the other's; the overlapped one orders them.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        # Loss functions divide by the tokens of the global batch themselves; gradients are summed, never averaged.
-        calculate_per_token_loss=True,
-        # These fusions are kernels that need Transformer Engine or Apex.
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        # These would compile code at the first step, which takes longer than small models train.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        **(_sparse_options(shape) if shape.is_moe else {}),
-        **(_latent_options(shape) if shape.latent is not None else {}),
     )
 
 

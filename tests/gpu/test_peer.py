@@ -8,6 +8,8 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +66,37 @@ def owner(connection: Any) -> None:
         connection.send([raw.cpu().numpy() for _, raw in mine])
 
 
-@pytest.mark.parametrize("allocator", ["expandable_segments:False", "expandable_segments:True"])
-def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also out of memory that the owner's allocator maps chunk by chunk, which has no CUDA IPC handle."""
-    torch.cuda.init()  # the setting below is for the owner alone
+@contextmanager
+def another(work: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, **environ: str) -> Iterator[Any]:
+    """The pipe to a process that does `work` under `environ`, which this process, on CUDA already, does not see."""
     torch.zeros(1, device="cuda")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
-    from nemo_rl.refit.transports.cuda_memory import CudaMemory
-
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     context = mp.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=owner, args=(there,), daemon=True)
+    child = context.Process(target=work, args=(there,), daemon=True)
     child.start()
     assert here.poll(60)
-    beacon, windows, where = here.recv()
+    yield here
+    child.join(20)
+    assert child.exitcode == 0
+
+
+ALLOCATORS = ["expandable_segments:False", "expandable_segments:True"]
+"""Memory with a CUDA IPC handle, and memory that the allocator maps chunk by chunk, which has none."""
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with another(owner, monkeypatch, PYTORCH_CUDA_ALLOC_CONF=allocator) as pipe:
+        read_everything(pipe, chunked=allocator.endswith("True"))
+
+
+def read_everything(pipe: Any, chunked: bool) -> None:
+    """Refuse false beacons, then read each of the owner's views into a view of other strides, twice."""
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    beacon, windows, where = pipe.recv()
     memory = CudaMemory(torch.device("cuda", 0))
     assert memory.probe(beacon) is None
     assert "differently" in str(memory.probe(json.dumps(json.loads(beacon) | {"secret": "00" * 16})))
@@ -85,7 +104,7 @@ def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.Monk
     assert "cannot be mapped" in str(
         memory.probe(json.dumps(json.loads(beacon) | {"window": '["gone", [[4096, 4096]]]'}))
     )
-    assert any(window.startswith("[") for window in windows) == allocator.endswith("True")
+    assert any(window.startswith("[") for window in windows) == chunked
     peer, bases = memory.open(windows)
     rng = random.Random(13)
     expected, got, forms, addresses = [], [], [], []
@@ -111,24 +130,20 @@ def test_any_box_is_read_into_any_other(allocator: str, monkeypatch: pytest.Monk
     memory.wait(time.monotonic() + 20)
     assert all(torch.equal(raw, want) for raw, want in zip(got, expected, strict=True))
     memory.close()
-    here.send("done")
-    child.join(20)
-    assert child.exitcode == 0
+    pipe.send("done")
 
 
-@pytest.mark.parametrize("allocator", ["expandable_segments:False", "expandable_segments:True"])
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_any_box_is_written_into_any_other(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.cuda.init()  # the setting below is for the owner alone
-    torch.zeros(1, device="cuda")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
+    with another(owner, monkeypatch, PYTORCH_CUDA_ALLOC_CONF=allocator) as pipe:
+        write_everything(pipe)
+
+
+def write_everything(pipe: Any) -> None:
+    """Write a view of other strides into each of the owner's views; the owner says what it then holds."""
     from nemo_rl.refit.transports.cuda_memory import CudaMemory
 
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=owner, args=(there,), daemon=True)
-    child.start()
-    assert here.poll(60)
-    _, windows, where = here.recv()
+    _, windows, where = pipe.recv()
     memory = CudaMemory(torch.device("cuda", 0))
     peer, bases = memory.open(windows)
     rng, expected, forms, addresses, kept = random.Random(14), [], [], [], []
@@ -145,14 +160,12 @@ def test_any_box_is_written_into_any_other(allocator: str, monkeypatch: pytest.M
     done, end = memory.mark(), time.monotonic() + 20
     while not done():
         assert time.monotonic() < end
-    here.send("show")
-    assert here.poll(20)
-    for number, (raw, want) in enumerate(zip(here.recv(), expected, strict=True)):
+    pipe.send("show")
+    assert pipe.poll(20)
+    for number, (raw, want) in enumerate(zip(pipe.recv(), expected, strict=True)):
         assert np.array_equal(raw, want), (number, cases()[number], forms[number])
     memory.close()
-    here.send("done")
-    child.join(20)
-    assert child.exitcode == 0
+    pipe.send("done")
 
 
 def unexportable(connection: Any) -> None:
@@ -164,16 +177,10 @@ def unexportable(connection: Any) -> None:
 def test_memory_that_cannot_be_shown_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_rl.refit.transports.cuda_memory import CudaMemory
 
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    monkeypatch.setenv("TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC", "0")
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=unexportable, args=(there,), daemon=True)
-    child.start()
-    assert here.poll(60)
-    reason = str(CudaMemory(torch.device("cuda", 0)).probe(here.recv()))
+    environ = dict(PYTORCH_CUDA_ALLOC_CONF=ALLOCATORS[1], TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC="0")
+    with another(unexportable, monkeypatch, **environ) as pipe:
+        reason = str(CudaMemory(torch.device("cuda", 0)).probe(pipe.recv()))
     assert "was not created to be shown" in reason and "TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=1" in reason
-    child.join(20)
 
 
 @pytest.mark.gpu(2)
