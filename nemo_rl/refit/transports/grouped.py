@@ -24,7 +24,7 @@ from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Rows, jobs_of
 from nemo_rl.refit.transports import parcels
-from nemo_rl.refit.transports.lanes import Flight, Lanes, Post, num_lanes
+from nemo_rl.refit.transports.lanes import Aside, Flight, Lanes, Post, num_lanes
 from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.parcels import Order, Parcel, Rules, groups_of, pairs_of, parcels_of, wire_order
@@ -89,13 +89,13 @@ class Grouped:
             self._groups = self._agree(copies, tracker) if self._groups is None else self._groups
             self._fit(copies, self._groups, tracker)
         # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
-        with self._lanes.ahead() if tracker is None else nullcontext():
-            posted = self._run(self._groups, copies, tracker, end)
+        with self._lanes.ahead() if tracker is None else nullcontext(nullcontext) as aside:
+            posted = self._run(self._groups, copies, tracker, end, aside)
         self._finish(posted, copies, end)
         return Traffic(*copies.wire_bytes(self._rank), self._out.staging_bytes + self._in.staging_bytes)
 
     def _run(
-        self, groups: Sequence[Sequence[Parcel]], copies: CopyTable, tracker: Tracker | None, end: float
+        self, groups: Sequence[Sequence[Parcel]], copies: CopyTable, tracker: Tracker | None, end: float, aside: Aside
     ) -> list[_Posted]:
         posted: list[_Posted] = []
         look = self._meanwhile()
@@ -103,7 +103,8 @@ class Grouped:
             if number >= self._depth:
                 self._settle(number - self._depth, posted, copies, tracker, end)
             posted.append(self._post(number, group, copies, tracker))
-            look()
+            with aside():
+                look()
         for number in range(max(0, len(posted) - self._depth), len(posted)):
             self._settle(number, posted, copies, tracker, end)
         if tracker is not None:

@@ -42,6 +42,10 @@ class Flight(Pending, Protocol):
         """Whether all of it arrived; never waits."""
 
 
+Aside = Callable[[], AbstractContextManager[object]]
+"""Makes a context; see `Lanes.ahead`."""
+
+
 class Lanes(Protocol):
     """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
 
@@ -51,8 +55,11 @@ class Lanes(Protocol):
         Raises TimeoutError where a peer is not there to start it with.
         """
 
-    def ahead(self) -> AbstractContextManager[None]:
-        """What is started inside goes before other work of the device, and what comes behind it waits for it."""
+    def ahead(self) -> AbstractContextManager[Aside]:
+        """What is started inside goes before other work of the device, and what comes behind it waits for it.
+
+        Gives contexts for what is to be started meanwhile and waits for nothing of that.
+        """
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         """What starts copying `jobs` within this rank on the current stream, as often as wanted."""
@@ -89,8 +96,8 @@ class HostLanes:
         started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]
         return _HostFlight(started)
 
-    def ahead(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def ahead(self) -> AbstractContextManager[Aside]:
+        return nullcontext(nullcontext)
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         return self._memory.prepare(os.getpid(), jobs, put=False, ordered=True)

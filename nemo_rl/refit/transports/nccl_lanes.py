@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_rl.refit.device import finish
 from nemo_rl.refit.strided import Jobs
-from nemo_rl.refit.transports.lanes import Post
+from nemo_rl.refit.transports.lanes import Aside, Post
 from nemo_rl.refit.transports.own_nccl import abort_together, make_group
 
 PACK_PROGRAMS = 64
@@ -101,11 +101,11 @@ class NcclLanes:
         return _NcclFlight(work)
 
     @contextmanager
-    def ahead(self) -> Iterator[None]:
+    def ahead(self) -> Iterator[Aside]:
         outer = torch.cuda.current_stream(self._device)
         self._ahead.wait_stream(outer)
         with torch.cuda.stream(self._ahead):
-            yield
+            yield lambda: torch.cuda.stream(outer)
         outer.wait_stream(self._ahead)
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:

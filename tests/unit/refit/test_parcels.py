@@ -136,6 +136,19 @@ def test_parcels_that_went_before_are_looked_at_as_soon_as_they_landed(on_cpu, m
     assert seen == [False, True, True, False]
 
 
+def test_others_are_served_between_groups(on_cpu, monkeypatch):
+    _, sources, landings = two_sides(random.Random(2), 1, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    raise_any(sim.start())
+    session, sends, served = sim.sessions[0], [], []
+    lanes, idle = session._agreed.mover._lanes, session._link.control.idle
+    exchange = lanes.exchange
+    monkeypatch.setattr(lanes, "exchange", lambda *group: (sends.append(group), exchange(*group))[1])
+    monkeypatch.setattr(session._link.control, "idle", lambda: (served.append(len(sends)), idle())[1])
+    raise_any(sim.refit(1))
+    assert len(sends) > 2 and {*range(1, len(sends) + 1)} <= {*served}
+
+
 def test_what_was_looked_at_in_part_is_looked_at_again(on_cpu, monkeypatch):
     """Kernels add digests to the room of a ledger: none may be added twice."""
 
