@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,23 +22,62 @@ pytestmark = [
 ]
 SMALL = ["start_model.hidden_size=256", "start_model.intermediate_size=512", "start_model.num_hidden_layers=2"]
 SMALL += ["start_model.num_attention_heads=4", "start_model.num_key_value_heads=2", "start_model.head_dim=64"]
-SMALL += ["start_model.warmup_steps=40", "policy.generation.vllm_cfg.enforce_eager=true"]
+SMALL += ["policy.generation.vllm_cfg.enforce_eager=true"]
+# Problems that such a model answers now and then: where no answer is rewarded no gradient is left, and refits bring the
+# weights that are there.
+SMALL += ["data.min_items=1", "data.max_items=3", "start_model.warmup_steps=100", "start_model.warmup_lr=2.0e-3"]
 MOE = ["start_model.num_experts=8", "start_model.moe_intermediate_size=128"]
+GRAPHS = ["policy.generation.vllm_cfg.enforce_eager=false"]
+LIMIT_S, STOP_S = 280, 20
+FP8_CACHE = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": [],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+}
 
 
-def run(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Metrics of a run of three steps that must succeed."""
-    command = [sys.executable, "examples/run_grpo.py", "--config", f"examples/configs/{config}.yaml"]
-    places = [f"start_model.cache_dir={folder}/models", f"logger.log_dir={folder}", "grpo.max_num_steps=3"]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("NRL_")}
-    environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    done = subprocess.run(
-        [*command, *SMALL, *places, *overrides], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def run(config: str, folder: Path, *overrides: str, steps: int = 3) -> list[dict[str, Any]]:
+    """Metrics of a run that must succeed; where it does not, what it said last."""
+    places = [f"start_model.cache_dir={folder}/models", f"logger.log_dir={folder}", f"grpo.max_num_steps={steps}"]
+    code = started([f"examples/configs/{config}.yaml", *SMALL, *places, *overrides], folder / "printed.txt")
+    assert code == 0, f"the run ended with {code}\n{said(folder)}"
     rows = [json.loads(line) for line in (folder / "latest" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["weight_version"] for r in rows] == [1, 2, 3]
+    assert [r["weight_version"] for r in rows] == [*range(1, steps + 1)], said(folder)
     return rows
+
+
+def started(arguments: list[str], printed: Path) -> int | str:
+    """The exit code, or that it was stopped. Nothing of this process's own settings reaches the run."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("NRL_") and k != "TORCHDYNAMO_DISABLE"}
+    environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "examples/run_grpo.py", "--config", *arguments]
+    with printed.open("w") as out:
+        child = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            return child.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return f"nothing within {LIMIT_S} s"
+        finally:
+            stop(child)
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """As a user would, so that the actors end too; by force where that does not help."""
+    if child.poll() is None:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def said(folder: Path) -> str:
+    """The last of what a run printed and of its log."""
+    files = [folder / "printed.txt", folder / "latest" / "run.log"]
+    return "\n".join(f"--- {file.name}\n{file.read_text()[-5000:]}" for file in files if file.exists())
 
 
 def assert_in_place(rows: list[dict[str, Any]], kl_error: float) -> None:
@@ -43,17 +85,51 @@ def assert_in_place(rows: list[dict[str, Any]], kl_error: float) -> None:
     for row in rows:
         assert row["refit_verified"] is True and row["refit_transport"] == "peer"
         assert row["refit_bulk_bytes"] > 1_000_000 and row["refit_misc_bytes"] == 0 == row["refit_staging_bytes"]
-        assert 0 <= row["gen_kl_error"] < kl_error and row["grad_norm"] > 0
+        assert 0 <= row["gen_kl_error"] < kl_error
+        assert row["grad_norm"] > 0, "weights stayed what they were"
 
 
 def test_one_gpu_for_both_sides(tmp_path: Path) -> None:
     assert_in_place(run("grpo_qwen3_1gpu", tmp_path), 1e-3)
 
 
+def test_an_engine_of_cuda_graphs(tmp_path: Path) -> None:
+    """Graphs read parameters where they lay when they were captured."""
+    assert_in_place(run("grpo_qwen3_1gpu", tmp_path, *GRAPHS), 1e-3)
+
+
+def test_scales_of_an_fp8_cache(tmp_path: Path) -> None:
+    """The trainer measures scales of keys, values and queries in each step, and refits bring them."""
+    from safetensors import safe_open
+
+    model = calibrated_model(tmp_path)
+    cached = [f"policy.model_name={model}", "policy.generation.vllm_cfg.kv_cache_dtype=fp8"]
+    assert_in_place(run("grpo_qwen3_1gpu", tmp_path, *cached), 2e-2)
+    with safe_open(model / "model.safetensors", "pt") as file:
+        weights = len(file.keys())
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    planned = re.search(r"refit plan \w+: (\d+) tensors", (tmp_path / "latest" / "run.log").read_text())
+    assert planned and int(planned[1]) == weights + 3 * layers, said(tmp_path)
+
+
+def calibrated_model(folder: Path) -> Path:
+    """A start model whose configuration says that its cache has scales; its files have none, and 1 stands for them."""
+    from nemo_rl.config import load_config
+    from nemo_rl.grpo.warmup import ensure_start_model
+    from nemo_rl.topology import device_of
+
+    places = [f"start_model.cache_dir={folder}/models"]
+    config = load_config(ROOT / "examples" / "configs" / "grpo_qwen3_1gpu.yaml", [*SMALL, *places], {})
+    model = shutil.copytree(ensure_start_model(config, device_of(config)), folder / "calibrated")
+    settings = json.loads((model / "config.json").read_text()) | {"quantization_config": FP8_CACHE}
+    (model / "config.json").write_text(json.dumps(settings))
+    return model
+
+
 def test_rollouts_one_step_ahead(tmp_path: Path) -> None:
-    """An engine that answers few requests at a time is slower than training: refits come upon its requests."""
-    ahead = ["grpo.async_grpo.enabled=true", "policy.generation.vllm_cfg.max_num_seqs=8"]
-    rows = run("grpo_qwen3_1gpu", tmp_path, *ahead)
+    """An engine that answers two requests at a time is slower than training: refits come upon its requests."""
+    ahead = ["grpo.async_grpo.enabled=true", "policy.generation.vllm_cfg.max_num_seqs=2"]
+    rows = run("grpo_qwen3_1gpu", tmp_path, *ahead, steps=6)
     assert all(r["refit_verified"] and r["overlap_s"] > 0 and r["sample_age_max"] == 1 for r in rows[1:])
     assert any(r["mixed_version_fraction"] > 0 for r in rows)
     assert all(r["gen_kl_error"] is None or 0 <= r["gen_kl_error"] < 1e-3 for r in rows)
@@ -70,12 +146,18 @@ def test_an_engine_of_two_ranks_on_the_trainers_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu(4)
-def test_apart(tmp_path: Path) -> None:
-    assert_in_place(run("grpo_qwen3_moe_4gpu", tmp_path, *MOE), 1e-2)
+@pytest.mark.parametrize(
+    ("config", "more", "kl_error"),
+    [("grpo_qwen3_moe_4gpu", MOE, 1e-2), ("grpo_qwen3_4gpu", GRAPHS, 1e-3)],
+    ids=["experts", "graphs"],
+)
+def test_apart(config: str, more: list[str], kl_error: float, tmp_path: Path) -> None:
+    """By name, as links decide which transport is the fastest for so small a model."""
+    assert_in_place(run(config, tmp_path, *more, "policy.refit.transport=peer"), kl_error)
 
 
 @pytest.mark.gpu(4)
 def test_conventional_refits(tmp_path: Path) -> None:
     rows = run("grpo_qwen3_4gpu", tmp_path, "policy.nccl_xfer_refit=false")
     assert all(r["refit_transport"] == "broadcast" and r["refit_verified"] for r in rows)
-    assert all(r["gen_kl_error"] < 1e-3 for r in rows)
+    assert all(r["gen_kl_error"] < 1e-3 and r["grad_norm"] > 0 for r in rows)
