@@ -133,6 +133,11 @@ def _merged_once(jobs: Jobs) -> Jobs:
     dst: list[int] = []
     forms: list[Form] = []
     for form, numbers in jobs.grouped().items():
+        if len(numbers) == 1:
+            src.append(int(jobs.src[numbers[0]]))
+            dst.append(int(jobs.dst[numbers[0]]))
+            forms.append(form)
+            continue
         order = numbers[np.argsort(jobs.dst[numbers], kind="stable")]
         steps = np.diff(np.column_stack([jobs.src[order], jobs.dst[order]]), axis=0)
         for first, count in _runs(steps, form.run):

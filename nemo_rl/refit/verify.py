@@ -31,7 +31,9 @@ from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
 
-_ASK_S = 5e-4  # between two questions to the store whether all trainers ended their first look
+_ASK_S, _ASK_SHARE = 1e-4, 1 / 16
+"""Between two questions to the store whether all trainers ended their first look: at least so long, and a share of what
+the transfer took so far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,7 @@ class Watch:
         self._second: Ledger | None = None
         self._held: np.ndarray | None = None
         self._said: Mapping[int, bytes] | None = None
-        self._ticket, self._next_s = control.ticket(), 0.0
+        self._ticket, self._started_s, self._next_s = control.ticket(), time.monotonic(), 0.0
 
     def step(self) -> None:
         """Go on as far as is possible without waiting; called as often as one likes, it seldom asks the store."""
@@ -129,7 +131,7 @@ class Watch:
             self._say(self._first)
         if (now := time.monotonic()) < self._next_s:
             return
-        self._next_s = now + _ASK_S
+        self._next_s = now + max(_ASK_S, (now - self._started_s) * _ASK_SHARE)
         if self._control.posted(self._ticket, self._verifier.trainers):
             self._go_on()
 
