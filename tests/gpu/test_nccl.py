@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.refit.strided import Places
 from nemo_rl.refit.transports import m2n
 
@@ -27,6 +29,11 @@ def bench(variants: str, out: Path) -> subprocess.CompletedProcess[str]:
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def tails(out: Path) -> str:
+    """What ranks said last."""
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(out.glob("rank*.log")))
 
 
 def boxes_of(whole: torch.Tensor) -> list[torch.Tensor]:
@@ -62,18 +69,25 @@ def test_few_programs_pack_and_spread_what_all_do(programs: int | None) -> None:
 @pytest.mark.gpu(2)
 def test_experts_are_packed_at_the_trainer_and_received_in_place(tmp_path: Path) -> None:
     done = bench("nccl,nccl no verify", tmp_path)
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, done.stdout[-3000:] + tails(tmp_path)
     rows = rows_of(tmp_path)
     assert all(row["bit_exact"] and row["staging_bytes"] <= 512 << 20 for row in rows)
     assert [row["verified"] for row in rows] == [True, False]
 
 
 @pytest.mark.gpu(2)
-def test_m2n_runs_or_says_what_is_missing(tmp_path: Path) -> None:
-    done = bench("m2n", tmp_path)
+def test_m2n_runs_or_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in MULTICAST_OFF.items():  # as the benchmark starts its ranks
+        monkeypatch.setenv(name, value)
+    done = bench("m2n no verify,m2n", tmp_path)
     if missing := m2n.missing():
         text = done.stdout + (tmp_path / "rows.jsonl").read_text()
         assert "transport 'm2n' is not possible" in text, text[-6000:]
         assert any(word in missing for word in ("install", "preload"))
         return
-    assert done.returncode == 0 and all(row["bit_exact"] for row in rows_of(tmp_path)), done.stdout[-6000:]
+    assert done.returncode == 0, done.stdout[-3000:] + tails(tmp_path)
+    rows = rows_of(tmp_path)
+    assert [row["verified"] for row in rows] == [False, True], "a process uses m2n in one session after the other"
+    assert all(row["bit_exact"] for row in rows)
+    calls = re.findall(r"m2n: (\d+) tensors in (\d+) calls", (tmp_path / "rank0.log").read_text())
+    assert calls and all(int(tensors) > 0 < int(num) for tensors, num in calls), "nothing went by m2n"
