@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
+import json
 import random
 
 import pytest
@@ -19,6 +19,7 @@ from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 
 from . import dtensor_ranks
+from .forked import Forked
 from .grid import DTYPES, LAYOUTS, REAL_GRID, Case, Side, random_case, random_full, random_side, same_bits
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, raise_any
 
@@ -127,6 +128,44 @@ def test_simulated_ranks_run_random_meshes():
                 assert same_bits(stored, full[region.slices_in(Region.whole(shape))]), (case, region)
 
 
+# ---- real processes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Rank -> check -> what is wrong, from four processes that run the whole grid."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    assert not dist.is_initialized(), "ranks are forked before this process joins a group of its own"
+
+    def work(rank: int, port: int) -> None:
+        (folder / str(rank)).write_text(json.dumps(dtensor_ranks.rank_main(rank, port)))
+
+    codes = Forked(range(dtensor_ranks.NUM_RANKS), work).codes(200)
+    assert set(codes.values()) == {0}, codes
+    return {rank: json.loads((folder / str(rank)).read_text()) for rank in codes}
+
+
+def test_dtensors_move_between_real_processes(outcomes):
+    wrong = {(r, name): text for r, said in outcomes.items() for name, text in said.items() if text and name != PLANTED}
+    assert not wrong
+    assert all(len(said) == len(REAL_GRID) + 3 for said in outcomes.values())
+
+
+def test_the_grid_sees_a_planted_wrong_placement(outcomes):
+    """Shards under each other's names pass every check of the service; the comparison with torch must fail."""
+    said = [outcomes[rank][PLANTED] for rank in sorted(outcomes)]
+    assert said == ["", "", *["other bits than torch's own shard"] * 2]
+
+
+def test_the_grid_is_broad():
+    assert len(REAL_GRID) >= 60
+    for transport in ("gloo", "peer", "golden", "broadcast"):
+        assert len({name.rsplit(", ", 2)[0] for name, _, t in REAL_GRID if t == transport}) >= 8
+    for transport in ("gloo", "peer"):
+        assert {c.dtype for _, c, t in REAL_GRID if t == transport} == set(DTYPES)
+    assert {len(shape) for shape, _, _ in LAYOUTS.values()} == {0, 1, 2, 3, 4}
+
+
 # ---- one rank on both sides
 
 
@@ -185,45 +224,3 @@ def test_a_shard_of_another_size_than_torch_cuts_is_refused(mesh):
 def test_a_side_that_is_missing_is_refused(mesh):
     with pytest.raises(ValueError, match="a trainer takes a source"):
         alone(None, on(mesh, torch.zeros(4)))
-
-
-# ---- real processes
-
-
-@pytest.fixture(scope="module")
-def outcomes():
-    """Rank -> check -> what is wrong, from four processes that run the whole grid."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = range(dtensor_ranks.NUM_RANKS)
-    processes = [
-        context.Process(target=dtensor_ranks.rank_main, args=(r, store.port, queue), daemon=True) for r in ranks
-    ]
-    for process in processes:
-        process.start()
-    said = dict(queue.get(timeout=200) for _ in ranks)
-    for process in processes:
-        process.join(20)
-    return said
-
-
-def test_dtensors_move_between_real_processes(outcomes):
-    wrong = {(r, name): text for r, said in outcomes.items() for name, text in said.items() if text and name != PLANTED}
-    assert not wrong
-    assert all(len(said) == len(REAL_GRID) + 3 for said in outcomes.values())
-
-
-def test_the_grid_sees_a_planted_wrong_placement(outcomes):
-    """Shards under each other's names pass every check of the service; the comparison with torch must fail."""
-    said = [outcomes[rank][PLANTED] for rank in sorted(outcomes)]
-    assert said == ["", "", *["other bits than torch's own shard"] * 2]
-
-
-def test_the_grid_is_broad():
-    assert len(REAL_GRID) >= 60
-    for transport in ("gloo", "peer", "golden", "broadcast"):
-        assert len({name.rsplit(", ", 2)[0] for name, _, t in REAL_GRID if t == transport}) >= 8
-    for transport in ("gloo", "peer"):
-        assert {c.dtype for _, c, t in REAL_GRID if t == transport} == set(DTYPES)
-    assert {len(shape) for shape, _, _ in LAYOUTS.values()} == {0, 1, 2, 3, 4}
