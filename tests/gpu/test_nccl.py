@@ -18,12 +18,14 @@ from nemo_rl.refit.strided import Places
 from nemo_rl.refit.transports import m2n
 
 ROOT = Path(__file__).parents[2]
-COMMAND = ("scripts/bench_refit.py", "--device", "cuda", "--cases", "30B 1 -> first of TP2", "--layers", "2")
+COMMAND = ("scripts/bench_refit.py", "--device", "cuda", "--layers", "2")
+FIRST_OF_TWO = ("--cases", "30B 1 -> first of TP2")
+WHOLE = ("--trainers", "1", "--generators", "1")
 LIMITS = ("--repeat", "3", "--deadline", "30", "--limit", "100")
 
 
-def bench(variants: str, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *COMMAND, *LIMITS, "--variants", variants, "--out", str(out)]
+def bench(case: tuple[str, ...], variants: str, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *COMMAND, *case, *LIMITS, "--variants", variants, "--out", str(out)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=140)
 
 
@@ -68,7 +70,7 @@ def test_few_programs_pack_and_spread_what_all_do(programs: int | None) -> None:
 
 @pytest.mark.gpu(2)
 def test_experts_are_packed_at_the_trainer_and_received_in_place(tmp_path: Path) -> None:
-    done = bench("nccl,nccl no verify", tmp_path)
+    done = bench(FIRST_OF_TWO, "nccl,nccl no verify", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + tails(tmp_path)
     rows = rows_of(tmp_path)
     assert all(row["bit_exact"] and row["staging_bytes"] <= 512 << 20 for row in rows)
@@ -79,7 +81,7 @@ def test_experts_are_packed_at_the_trainer_and_received_in_place(tmp_path: Path)
 def test_m2n_runs_or_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in MULTICAST_OFF.items():  # as the benchmark starts its ranks
         monkeypatch.setenv(name, value)
-    done = bench("m2n no verify,m2n", tmp_path)
+    done = bench(WHOLE, "m2n no verify,m2n", tmp_path)  # m2n takes no part of a tensor alone
     if missing := m2n.missing():
         text = done.stdout + (tmp_path / "rows.jsonl").read_text()
         assert "transport 'm2n' is not possible" in text, text[-6000:]
