@@ -160,6 +160,8 @@ class RefitOptions:
 class RefitReport:
     """What one rank saw of one refit. Bytes are those that this rank sent or received over the wire.
 
+    `total_s` are the seconds until every rank has committed.
+
     `staging_bytes` are message and broadcast buffers; `extra_rss_bytes` is how far the process's resident memory rose
     above its start during the refit, the engine's own staging included (None where the options do not ask or the kernel
     does not tell).

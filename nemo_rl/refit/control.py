@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _ABORT = "abort"
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 5e-5, 5e-3
 _PAUSE_SHARE = 1 / 32  # of what was waited
-_MOST_READ = 64  # keys that all have read and nobody deleted yet
 _ABORT_S = 5e-3  # between two looks for reports of failures
 
 Address: TypeAlias = "tuple[str, int] | dist.Store"
@@ -49,7 +48,6 @@ class Control:
         self.rest()
         self._sequence = 0
         self._written: list[str] = []  # what all will have read when they come to the next gather or meeting
-        self._read: list[str] = []  # what all have read
         self._kept: dict[int, list[str]] = {}  # what exchanges that go on have posted
         self.board: Board | None = None
 
@@ -58,10 +56,8 @@ class Control:
         self._meanwhile = meanwhile
 
     def idle(self) -> None:
-        """For who waits without a gather: what is to be done meanwhile. Takes a round trip to the store at most."""
+        """For who waits without a gather: what is to be done meanwhile."""
         self._meanwhile()
-        if self._read:
-            self.store.delete_key(self._read.pop())
 
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
@@ -97,9 +93,7 @@ class Control:
         A board has room for `MOST_WORDS` of them. Raises as `gather`.
         """
         if self.board is not None:
-            said = self.board.meet(phase, words)
-            self._forget(len(self._written), _MOST_READ)
-            return said
+            return self.board.meet(phase, words)
         packed = struct.Struct(f"{len(words)}q")
         told = self.gather(phase, packed.pack(*words))
         return [packed.unpack(told[rank]) for rank in range(self.world.size)]
@@ -237,17 +231,16 @@ class Control:
                 remedy="see that rank's error; remake the session",
             )
 
-    def _forget(self, count: int, most: int = 0) -> None:
-        """All ranks came here, so they have read what they wanted of the first `count` keys that this one wrote.
+    def tidy(self) -> None:
+        """Right behind a meeting, when there is time: delete what this rank wrote. Gathers do so themselves."""
+        if self.board is not None:
+            self._forget(len(self._written))
 
-        Where at most `most` of what was read is left, it is deleted while this rank waits, in `idle`.
-        """
-        self._read += self._written[:count]
+    def _forget(self, count: int) -> None:
+        """All ranks came here, so they have read what they wanted of the first `count` keys that this one wrote."""
+        for key in self._written[:count]:
+            self.store.delete_key(key)
         self._written = self._written[count:]
-        if len(self._read) > most:
-            for key in self._read:
-                self.store.delete_key(key)
-            self._read = []
 
     def _give_up(self, phase: str, missing: list[int]) -> None:
         names = ", ".join(self.world.describe(r) for r in missing)

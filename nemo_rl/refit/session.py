@@ -6,48 +6,30 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
+from nemo_rl.refit.agreed import Agreed, agree_on
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
-from nemo_rl.refit.cost import Demand
-from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources, statement
+from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
-from nemo_rl.refit.lane import Lane, open_lane
 from nemo_rl.refit.layout import Holding, Layout, SourceViews
 from nemo_rl.refit.link import Link, connect
 from nemo_rl.refit.memory import PeakRss
-from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
+from nemo_rl.refit.pipeline import Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.transports.base import Channel
-from nemo_rl.refit.transports.mover import Mover, Setting
-from nemo_rl.refit.transports.registry import NAMES, Choice, choose
-from nemo_rl.refit.verify import Verifier, Watch
+from nemo_rl.refit.transports.registry import NAMES
+from nemo_rl.refit.verify import Watch
 
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class _Agreed:
-    """What plan() makes."""
-
-    plan: RefitPlan
-    sources: Mapping[int, Layout]
-    declarations: Mapping[int, Declaration]
-    verifier: Verifier | None
-    arrivals: Arrivals | None
-    pipeline: Pipeline
-    choice: Choice
-    mover: Mover
-    lane: Lane
 
 
 class RefitSession:
@@ -97,7 +79,7 @@ class RefitSession:
         self._phase_s: dict[str, float] = {}
         self._control: Control | None = None
         self._link_or_none: Link | None = None
-        self._agreed_or_none: _Agreed | None = None
+        self._agreed_or_none: Agreed | None = None
         self._holdings: list[Holding] = []
         self._src_view = SourceViews(())
 
@@ -132,21 +114,7 @@ class RefitSession:
             if self.rank == self.world.trainers[0]:
                 log.info("%s", plan.describe())
         with self._guarded("agree"):
-            link = self._link
-            landings = {rank: declaration.layout for rank, declaration in declarations.items()}
-            demand = Demand(plan, said.sources, landings)
-            choice = choose(link.control, link.candidates, link.links, link.facts, self.options, demand)
-            agree(link.control, statement(plan, choice.transport.name, self.options))
-            pipeline = Pipeline(plan, self.rank, link.channel, self.options.num_streams, self._device)
-            setting = Setting(plan, self.rank, self._device, link.control, pipeline, said.sources, landings)
-            mover = choice.transport.mover(setting)
-            verifier = Verifier(plan, self.rank, said.sources, self._device) if self.options.verify else None
-            own = declarations.get(self.rank)
-            arrivals = None if own is None else Arrivals(plan, plan.bulk, self.rank, own.layout)
-            lane = open_lane(setting, choice.transport, link.facts, self.options.verify)
-            self._agreed_or_none = _Agreed(
-                plan, said.sources, declarations, verifier, arrivals, pipeline, choice, mover, lane
-            )
+            self._agreed_or_none = agree_on(plan, said.sources, declarations, self._link, self.options, self._device)
         return plan
 
     def _declare_source(self, problems: Sequence[str]) -> Declared:
@@ -236,7 +204,10 @@ class RefitSession:
             self._verify(watch, tracker, whole)
         with self._guarded("commit"):
             self._commit(version)
-        return self._report(version, time.monotonic() - started, bulk, misc, memory)
+        report = self._report(version, time.monotonic() - started, bulk, misc, memory)
+        with self._guarded("committed"):
+            self._link.control.tidy()
+        return report
 
     def close(self) -> None:
         """Give up connections; idempotent."""
@@ -365,7 +336,7 @@ class RefitSession:
         return self._link_or_none
 
     @property
-    def _agreed(self) -> _Agreed:
+    def _agreed(self) -> Agreed:
         if self._agreed_or_none is None:
             raise RuntimeError("plan() comes before refit()")
         return self._agreed_or_none
@@ -404,8 +375,7 @@ class RefitSession:
     def _disconnect(self) -> None:
         """Give up the mover's windows and the channel, which releases peers that wait for this rank."""
         if self._agreed_or_none is not None:
-            self._agreed_or_none.mover.close()
-            self._agreed_or_none.lane.close()
+            self._agreed_or_none.close()
         if self._link_or_none is not None:
             self._link_or_none.channel.close()
         if self._control is not None:

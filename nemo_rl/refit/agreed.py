@@ -1,0 +1,71 @@
+"""What the ranks of a session have agreed on: a plan, who moves it, and what each rank needs to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nemo_rl.refit.base import Declaration, RefitOptions
+from nemo_rl.refit.cost import Demand
+from nemo_rl.refit.declare import agree, statement
+from nemo_rl.refit.lane import Lane, open_lane
+from nemo_rl.refit.layout import Layout
+from nemo_rl.refit.link import Link
+from nemo_rl.refit.pipeline import Arrivals, Pipeline
+from nemo_rl.refit.plan import RefitPlan
+from nemo_rl.refit.transports.mover import Mover, Setting
+from nemo_rl.refit.transports.registry import Choice, choose
+from nemo_rl.refit.verify import Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """One rank's share of it.
+
+    Attributes:
+        verifier: None where the options do not ask for digests.
+        arrivals: what lands on this rank; None on a rank that only trains.
+        choice: the transport, and what was predicted for each.
+    """
+
+    plan: RefitPlan
+    verifier: Verifier | None
+    arrivals: Arrivals | None
+    pipeline: Pipeline
+    choice: Choice
+    mover: Mover
+    lane: Lane
+
+    def close(self) -> None:
+        """Give up the mover's windows and the lane; idempotent."""
+        self.mover.close()
+        self.lane.close()
+
+
+def agree_on(
+    plan: RefitPlan,
+    sources: Mapping[int, Layout],
+    declarations: Mapping[int, Declaration],
+    link: Link,
+    options: RefitOptions,
+    device: torch.device,
+) -> Agreed:
+    """Every rank calls it with what it holds to be the plan of these layouts.
+
+    Raises:
+        AgreementError: ranks hold different plans or options.
+        PlanError: GPUs cannot carry whole tensors among these ranks.
+    """
+    control, rank = link.control, link.control.rank
+    landings = {r: declaration.layout for r, declaration in declarations.items()}
+    choice = choose(control, link.candidates, link.links, link.facts, options, Demand(plan, sources, landings))
+    agree(control, statement(plan, choice.transport.name, options))
+    pipeline = Pipeline(plan, rank, link.channel, options.num_streams, device)
+    setting = Setting(plan, rank, device, control, pipeline, sources, landings)
+    mover = choice.transport.mover(setting)
+    verifier = Verifier(plan, rank, sources, device) if options.verify else None
+    arrivals = Arrivals(plan, plan.bulk, rank, landings[rank]) if rank in landings else None
+    lane = open_lane(setting, choice.transport, link.facts, options.verify)
+    return Agreed(plan, verifier, arrivals, pipeline, choice, mover, lane)
