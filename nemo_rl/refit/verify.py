@@ -143,7 +143,8 @@ class Watch:
         if self._first is not None:
             self._say(self._first)
         if self._said is None:
-            self._control.await_posts(self._ticket, "verify", self._verifier.trainers)
+            self._control.await_posts(self._ticket, "verify", self._verifier.trainers)  # where `step` may go on already
+        if self._said is None:
             self._go_on()
         assert self._said is not None
         self._control.end(self._ticket)
