@@ -150,6 +150,7 @@ class Peer:
         """Tell others where this rank's rows are, if that is new, and open what they say. All ranks come here first."""
         shown = {side for sides in self._tells.values() for side in sides}
         news: dict[Side, bytes] = {}
+        before = self._windows.changes
         if self._rank in self._world.trainers:
             news["source"] = self._windows.locate(
                 "source", src_view, lambda: self._source_rows(src_view), "source" in shown
@@ -157,8 +158,9 @@ class Peer:
         if tracker is not None and self._lands_in_place:
             held = tracker.rows(IN_PLACE)
             news["landing"] = self._windows.locate("landing", held, lambda: held, "landing" in shown)
-        if not self._anything_moved(any(news.values())):
+        if not self._anything_moved(self._windows.changes != before):
             return
+        self._proven = None  # whoever moves bytes with what moved prepares other copies
         outgoing = {
             rank: _packed({s: news[s] for s in sorted(sides) if news[s]}) for rank, sides in self._tells.items()
         }

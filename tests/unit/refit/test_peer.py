@@ -16,6 +16,7 @@ import torch
 
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError, TransferError, VerificationError
+from nemo_rl.refit.layout import Holding
 from nemo_rl.refit.pipeline import Tracker
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Axis, Form, Jobs, form_of, merged
@@ -283,7 +284,9 @@ def test_a_batch_that_writes_where_an_earlier_one_landed_is_caught():
     assert landing.version == -1 and landing.rejected
 
 
-def test_batches_that_ran_before_are_looked_at_as_soon_as_they_landed(monkeypatch):
+@pytest.mark.parametrize("puts", [False, True])
+def test_batches_that_ran_before_are_looked_at_as_soon_as_they_landed(puts, monkeypatch):
+    monkeypatch.setattr(HostMemory, "puts", puts)
     sim, landing = two_trainers()
     inner, seen = Tracker.digest_in_place, []
 
@@ -296,8 +299,13 @@ def test_batches_that_ran_before_are_looked_at_as_soon_as_they_landed(monkeypatc
         landing.scramble()
         raise_any(sim.refit(version))
     landing.storage = [t.clone() for t in landing.storage]  # other copies are prepared
-    raise_any(sim.refit(3))
-    assert seen == [False, True, True, False]
+    for version in (3, 4):
+        raise_any(sim.refit(version))
+    source = sim.sessions[1]._source  # also here, by who moves the bytes
+    source.held = [Holding(h.fqn, h.region, h.view.clone()) for h in source.held]
+    for version in (5, 6):
+        raise_any(sim.refit(version))
+    assert seen == [False, True, True, False, True, False, True]
 
 
 @pytest.mark.parametrize("puts", [False, True])
