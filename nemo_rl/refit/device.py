@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _CLOSELY_S = 2e-4
 """For so long waits look without a pause: a sleep takes longer than what is about to end."""
 
 _SIDE: dict[torch.device, torch.cuda.Stream] = {}
+_ALL: dict[torch.device, torch.cuda.Event] = {}  # of `quiesce`
 
 
 def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: None) -> None:
@@ -38,23 +40,53 @@ def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: 
     if device.type != "cuda":
         return
     stream = torch.cuda.current_stream(device)
-    if stream.query():
-        return
-    done, pause, closely = stream.record_event(), 20e-6, time.monotonic() + _CLOSELY_S
+    if not stream.query():
+        await_event(stream.record_event(), f"work on {device}", end, look)
+
+
+def await_event(done: torch.cuda.Event, what: str, end: float, look: Callable[[], None] = lambda: None) -> None:
+    """Until `done`, which `what` names. `look` and errors are those of `finish`."""
+    pause, closely = 20e-6, time.monotonic() + _CLOSELY_S
     while not done.query():
         if time.monotonic() < closely:
             continue
         if time.monotonic() > end:
-            raise TimeoutError(f"work on {device} was not done within the deadline")
+            raise TimeoutError(f"{what} was not done within the deadline")
         look()
         time.sleep(pause)
         pause = min(2 * pause, 2e-4)
 
 
-def quiesce(device: torch.device) -> None:
-    """Until all that this process started on `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def quiesce(device: torch.device, end: float) -> None:
+    """Until all that this process started on `device` is done, on whichever stream. Raises as `finish`."""
+    if device.type != "cuda":
+        return
+    what = f"what this process started on {device}"
+    if (done := _behind_all(device)) is not None:
+        await_event(done, what, end)
+    else:
+        waits = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
+        waits.start()
+        waits.join(max(end - time.monotonic(), 0.0))
+        if waits.is_alive():
+            raise TimeoutError(f"{what} was not done within the deadline")
+    torch.cuda.synchronize(device)  # at once: what was started meanwhile, and what failed
+
+
+def _behind_all(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind what all streams of the context were given; None where the driver has none."""
+    from cuda.bindings import driver  # comes with CUDA builds of torch only
+
+    with torch.cuda.device(device):
+        if device not in _ALL:
+            _ALL[device] = torch.cuda.Event()
+            _ALL[device].record()  # makes it
+        try:
+            found, context = driver.cuCtxGetCurrent()
+            (error,) = driver.cuCtxRecordEvent(context, driver.CUevent(_ALL[device].cuda_event))
+        except (AttributeError, RuntimeError):
+            return None  # of before CUDA 12.5
+    return _ALL[device] if int(found) == 0 == int(error) else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ stale pieces agree with a chance of about 2**-63, or 2**-33 where they differ in
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nemo_rl.refit.device import await_event
 from nemo_rl.refit.digest_planes import Located, odd_weights
 from nemo_rl.refit.region import Region
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from nemo_rl.refit.digest_kernel import KernelBatch
 
 _CHUNK_ELEMENTS = 1 << 18  # bounds the int64 scratch; larger ones are no faster
+_LONGEST_S = 120.0  # that digests of a whole model may take; on GPUs they take milliseconds
 HIGH_HALF = 0x2545F4914F6CDD1D
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -116,13 +119,14 @@ class Ledger:
         """Whether `read` would not wait, after `fetch`."""
         return self._on_the_way and all(filled.query() for _, filled in self._hosts.values())
 
-    def read(self) -> np.ndarray:
-        """int64, one a number; 0 where none was taken."""
+    def read(self, deadline_s: float = _LONGEST_S) -> np.ndarray:
+        """int64, one a number; 0 where none was taken. Raises TimeoutError where a device takes longer."""
+        end = time.monotonic() + deadline_s
         total = np.zeros(len(self.taken), np.int64)
         if not self._on_the_way:
             self.fetch()
-        for host, filled in self._hosts.values():
-            filled.synchronize()
+        for device, (host, filled) in self._hosts.items():
+            await_event(filled, f"the digest of {len(self.taken)} pieces on {device}", end)
             total += host.numpy()
         for found in self._found.values():
             if not found.is_cuda:

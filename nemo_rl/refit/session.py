@@ -232,7 +232,7 @@ class RefitSession:
         """Find the source's storage again, and start to look at it where this rank has one and verifies."""
         if self._source is None:
             return None
-        quiesce(self._device)
+        quiesce(self._device, time.monotonic() + self._data_s)
         fresh = list(self._source.holdings())
         if fresh == self._holdings:  # the same objects
             return self._digest_source()
@@ -257,7 +257,7 @@ class RefitSession:
         if self._landing is not None:
             self._touched = True
             self._landing.begin(version)
-            quiesce(self._device)
+            quiesce(self._device, time.monotonic() + self._data_s)
         self._link.control.meet("begin")
 
     def _watch(self, first: Ledger | None) -> Watch | None:

@@ -150,7 +150,7 @@ class Watch:
         self._control.end(self._ticket)
         if self._held is None or self._second is None:
             return None, self._said
-        return (self._held, self._second.read()), self._said
+        return (self._held, self._second.read(self._control.deadline_s)), self._said
 
     def _go_on(self) -> None:
         """All trainers have said what their first look saw: look again, and hear them."""
@@ -161,7 +161,7 @@ class Watch:
     def _say(self, first: Ledger) -> None:
         """What the first look saw, told once to all ranks that compare something with it."""
         if self._held is None:
-            self._held = first.read()
+            self._held = first.read(self._control.deadline_s)
             self._control.post(self._ticket, self._verifier.statements(self._held))
 
 

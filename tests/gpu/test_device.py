@@ -1,0 +1,60 @@
+"""Waiting for a whole GPU: work on any stream counts, and a deadline ends the wait while the GPU goes on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from nemo_rl.refit import device
+
+pytestmark = pytest.mark.gpu(1)
+
+SECOND = 1_000_000_000  # cycles: half a second or more
+
+
+def gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def busy(cycles: int) -> torch.Tensor:
+    """Starts work on a stream of its own, which writes ones behind it."""
+    out = torch.zeros(4, device=gpu())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(cycles)
+        out.fill_(1)
+    return out
+
+
+def test_work_on_another_stream_is_waited_for() -> None:
+    out, host = busy(SECOND // 2), torch.zeros(4).pin_memory()
+    started = time.monotonic()
+    device.quiesce(gpu(), started + 60)
+    assert time.monotonic() - started > 0.05, "the GPU was busy"
+    with torch.cuda.stream(torch.cuda.Stream()):  # which waits for nothing
+        host.copy_(out, non_blocking=True)
+    torch.cuda.synchronize()
+    assert host.tolist() == [1] * 4
+
+
+def test_a_busy_gpu_is_a_timeout() -> None:
+    busy(2 * SECOND)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="what this process started on cuda:0 was not done within the deadline"):
+        device.quiesce(gpu(), started + 0.05)
+    assert time.monotonic() - started < 0.5, "the deadline ended the wait, not the GPU"
+    torch.cuda.synchronize()
+    device.quiesce(gpu(), time.monotonic() + 1)
+
+
+def test_an_idle_gpu_costs_microseconds() -> None:
+    assert device._behind_all(gpu()) is not None, "this driver has events behind all streams"
+    took = []
+    for _ in range(200):
+        started = time.monotonic()
+        device.quiesce(gpu(), started + 1)
+        took.append(time.monotonic() - started)
+    assert statistics.median(took) < 2e-4
