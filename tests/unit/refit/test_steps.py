@@ -170,3 +170,46 @@ def test_a_forwarder_that_is_late_holds_up_who_takes_from_it():
             starts, lambda: lambda: True, lambda step: None, lambda: None, time.monotonic() + 0.2
         )
     assert started == [0, 1]
+
+
+def test_the_end_of_the_last_step_is_looked_for_without_a_pause():
+    """Whoever pauses between two looks asks once more for each batch before the last one, and once for that."""
+    _, _, _, schedule = schedules(True, 1, 1, 1, 1)
+    counters, paused = Counters(), []
+    count = len(schedule.moved_by(0))
+    assert count > 2
+    board = counters.of(0)
+
+    def until(done, awaited, phase, end):
+        while not done():
+            paused.append(len(carrier._running))
+            assert time.monotonic() < end
+
+    def mark():
+        looks = iter(range(20))
+        return lambda: next(looks) == 19
+
+    board.until = until
+    carrier = Carrier(board, schedule, 0)
+    carrier.run([lambda: None] * count, mark, lambda step: None, lambda: None, time.monotonic() + 10)
+    assert paused and min(paused) > 1, "only with more than the last batch left"
+    assert counters.seen(0, 1) == schedule.num_steps[1]
+
+
+def test_looks_without_a_pause_end():
+    """A last step that takes long costs others little of the processor."""
+    _, _, _, schedule = schedules(True, 1, 1, 1, 1)
+    counters, looks = Counters(), []
+    counters.of(0).post(schedule.num_steps[1] - 1, 1)
+    board = counters.of(1)
+
+    def until(done, awaited, phase, end):
+        while len(looks) < 1000:
+            before, over = len(looks), done()
+            assert not over
+            turns.append(len(looks) - before)
+
+    board.until, turns = until, []
+    carrier = Carrier(board, schedule, 1)
+    carrier.run([], lambda: lambda: True, lambda step: None, lambda: looks.append(time.monotonic()), 0.0)
+    assert max(turns) > 1 and set(turns[-100:]) == {1}
