@@ -14,6 +14,7 @@ class Store:
     """A control whose trainers have posted once `ready`. Who waits makes them, and goes on with the watch meanwhile."""
 
     def __init__(self):
+        self.deadline_s = 5
         self.ready, self.posts, self.heard, self.waits, self.watch = False, [], 0, 0, None
 
     def ticket(self):
