@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nemo_rl.refit.dtensor import holdings_of, shard_regions
 from nemo_rl.refit.layout import Holding, TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
+from nemo_rl.trainer.places import Live, Places, live_tensors
 from nemo_rl.trainer.simulated import SimulatedTrainer
 
 Shape = tuple[int, ...]
@@ -83,7 +84,7 @@ class FsdpSource:
     """The trainer's side of a refit; see `nemo_rl.refit.base.Source`.
 
     Make it after `fully_shard` (or after parameters were made DTensors) and while the module is sharded. Optimizers
-    update local shards in place, so that holdings stay valid.
+    update local shards in place, so that holdings stay valid; shards that were given other storage are found again.
     """
 
     def __init__(
@@ -107,10 +108,14 @@ class FsdpSource:
         """
         self._unused: dict[str, str] = {}
         self._table: TensorTable = {}
-        self._holdings: list[Holding] = []
+        self._exports: list[tuple[str, Live, list[_Slab]]] = []
+        live = dict(live_tensors(module))
         for name, tensor in self._exported(module, adapters_only, not_generated_from):
             fqn = _plain_name(rename(name))
-            self._add(fqn, tensor, [] if stacked_experts else _slabs(fqn, tuple(tensor.shape)))
+            slabs = [] if stacked_experts else _slabs(fqn, tuple(tensor.shape))
+            self._exports.append((fqn, live[name], slabs))
+            self._table |= _apart_table(fqn, TensorMeta(tuple(tensor.shape), tensor.dtype), slabs)
+        self._find()
         self._table = {fqn: self._table[fqn] for fqn in natural_order(self._table)}
 
     def table(self) -> TensorTable:
@@ -119,6 +124,8 @@ class FsdpSource:
 
     def holdings(self) -> list[Holding]:
         """Live views of this rank's shards."""
+        if self._places.moved:
+            self._find()
         return list(self._holdings)
 
     def unused(self) -> Mapping[str, str]:
@@ -140,14 +147,19 @@ class FsdpSource:
             else:
                 yield name, tensor
 
-    def _add(self, fqn: str, tensor: torch.Tensor, slabs: list[_Slab]) -> None:
-        whole = holdings_of(fqn, tensor) if isinstance(tensor, DTensor) else [_whole(fqn, tensor)]
-        self._table |= _apart_table(fqn, TensorMeta(tuple(tensor.shape), tensor.dtype), slabs)
-        for held in whole:
-            for name, region, inside in _apart(fqn, held.region, slabs):
-                if region.volume:
-                    view = held.view if inside is None else held.view[inside.slices_in(held.region)][0]
-                    self._holdings.append(Holding(name, region, view))
+    def _find(self) -> None:
+        self._holdings = [holding for fqn, live, slabs in self._exports for holding in _held(fqn, live(), slabs)]
+        self._places = Places(live for _, live, _ in self._exports)
+
+
+def _held(fqn: str, tensor: torch.Tensor, slabs: list[_Slab]) -> Iterator[Holding]:
+    """What this rank holds of one exported tensor."""
+    whole = holdings_of(fqn, tensor) if isinstance(tensor, DTensor) else [_whole(fqn, tensor)]
+    for held in whole:
+        for name, region, inside in _apart(fqn, held.region, slabs):
+            if region.volume:
+                view = held.view if inside is None else held.view[inside.slices_in(held.region)][0]
+                yield Holding(name, region, view)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from nemo_rl.refit.layout import Holding, TensorTable
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.cpu import megatron_on_cpu
+from nemo_rl.trainer.places import Places, live_tensors
 from nemo_rl.trainer.shape import ModelShape
 
 
@@ -20,8 +21,9 @@ class MegatronSource:
     """The trainer's side of a refit; see `nemo_rl.refit.base.Source`.
 
     Make it when Megatron's DDP and optimizer exist: both may move parameters into buffers of their own. From then on
-    they update parameters in place, so that holdings stay valid over optimizer steps. A router's bias, which Megatron's
-    mixed-precision wrapper rounds, is brought back to float32 by asking Megatron for its state.
+    they update parameters in place, so that holdings stay valid over optimizer steps; where parameters or buffers were
+    given other storage, such as on their way to the CPU and back, Megatron is asked again. A router's bias, which its
+    mixed-precision wrapper rounds, is brought back to float32 by asking for its state.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape, dtype: torch.dtype) -> None:
@@ -33,8 +35,13 @@ class MegatronSource:
         Raises:
             ValueError: a tensor of the model is unknown to the family rule, or is in another dtype; all by name.
         """
+        self._chunks, self._shape, self._dtype = tuple(chunks), shape, dtype
         self._table = families.table(shape, dtype)
-        self._holdings, self._unused = _derive(chunks, shape, dtype)
+        self._find()
+
+    def _find(self) -> None:
+        self._holdings, self._unused = _derive(self._chunks, self._shape, self._dtype)
+        self._places = Places(live for chunk in self._chunks for _, live in live_tensors(chunk))
 
     def table(self) -> TensorTable:
         """Every Hugging Face tensor of the whole model, held by this rank or not."""
@@ -42,6 +49,8 @@ class MegatronSource:
 
     def holdings(self) -> list[Holding]:
         """Live views of this rank's weights, replicas included; they alias the storage that the optimizer updates."""
+        if self._places.moved:
+            self._find()
         return list(self._holdings)
 
     def unused(self) -> Mapping[str, str]:

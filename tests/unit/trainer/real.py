@@ -59,7 +59,21 @@ def storage_less_rows(
 def _rows_of(rank: int, shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[tuple[str, Region]]:
     with playing(rank, shape, parallel):
         chunks = _build(shape, parallel, dtype)
-        return [(h.fqn, h.region) for h in MegatronSource(chunks, shape, dtype).holdings()]
+        source = MegatronSource(chunks, shape, dtype)
+        _check_that_moved_storage_is_found(source, chunks)
+        return [(h.fqn, h.region) for h in source.holdings()]
+
+
+def _check_that_moved_storage_is_found(source: MegatronSource, chunks: list[torch.nn.Module]) -> None:
+    """Holdings are the same objects while storage stays, and views of what tensors have wherever it went."""
+    before = source.holdings()
+    assert source.holdings() == before
+    old = {h.view.untyped_storage().data_ptr() for h in before}
+    for tensor in (t for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers())):
+        tensor.data = tensor.data.clone()
+    after = source.holdings()
+    assert [(h.fqn, h.region) for h in after] == [(h.fqn, h.region) for h in before]
+    assert old.isdisjoint(h.view.untyped_storage().data_ptr() for h in after)
 
 
 def _build(shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[torch.nn.Module]:

@@ -69,9 +69,22 @@ def hold(rank: int, meet: str, cases: list[tuple[str, int, int]], folder: str) -
         after = {(h.fqn, h.region): h.view for h in FsdpSource(model).holdings()}
         said["alive"] = all(torch.equal(h.view, after[h.fqn, h.region]) for h in held)
         said["moved"] = sum(not torch.equal(h.view, part_of(saved, h.fqn, h.region)) for h in held)
+        said["follows"] = follows(source, model)
         out.append(said)
     dist.destroy_process_group()
     return out
+
+
+def follows(source: FsdpSource, model: torch.nn.Module) -> bool:
+    """Whether holdings are the same objects while storage stays, and views of what the model has where it went."""
+    before = source.holdings()
+    same = source.holdings() == before
+    model.double().float()
+    with torch.no_grad():
+        local = [*(p.to_local() for p in model.parameters()), *model.buffers()]
+    held = {tensor.untyped_storage().data_ptr() for tensor in local}
+    after = {h.view.untyped_storage().data_ptr() for h in source.holdings()}
+    return same and after <= held and held.isdisjoint(h.view.untyped_storage().data_ptr() for h in before)
 
 
 def part_of(tensors: dict[str, torch.Tensor], fqn: str, region: Region) -> torch.Tensor:
@@ -109,6 +122,7 @@ def test_ranks_hold_the_checkpoint_as_simulated(held: dict[str, Any], name: str)
         assert said["equal"], "views hold the checkpoint's values"
         assert said["alive"], "an optimizer step changes the values in the views"
         assert said["moved"] > len(said["rows"]) // 2
+        assert said["follows"], "a shard in other storage is found again"
         assert said["unused"] == ({"lm_head.weight": "tied to model.embed_tokens.weight"} if kind == "biased" else {})
 
 
