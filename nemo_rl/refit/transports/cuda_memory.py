@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -98,6 +98,16 @@ class CudaMemory:
         """Map `windows`. Raises OSError where one cannot be."""
         return 0, np.array([self._map(window) for window in windows], np.int64)
 
+    def keep(self, windows: Collection[str]) -> None:
+        """Unmap all others."""
+        with torch.cuda.device(self._device):
+            for window in self._open.keys() - set(windows):
+                opened = self._open.pop(window)
+                if isinstance(opened, vmm.Mapped):
+                    opened.close()
+                else:
+                    runtime.cudaIpcCloseMemHandle(opened)
+
     def own(self) -> int:
         """Addresses alone say where to read."""
         return 0
@@ -143,13 +153,7 @@ class CudaMemory:
 
     def close(self) -> None:
         """Unmap all windows; idempotent."""
-        with torch.cuda.device(self._device):
-            while self._open:
-                _, opened = self._open.popitem()
-                if isinstance(opened, vmm.Mapped):
-                    opened.close()
-                else:
-                    runtime.cudaIpcCloseMemHandle(opened)
+        self.keep(())
 
     def _map(self, window: str) -> int:
         if window not in self._open:

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -67,6 +67,9 @@ class HostMemory:
     def open(self, windows: Sequence[str]) -> tuple[int, np.ndarray]:
         """(process id, address of each window's first byte)."""
         return int(windows[0]), np.zeros(1, np.int64)
+
+    def keep(self, windows: Collection[str]) -> None:
+        """Nothing is mapped."""
 
     def own(self) -> int:
         """What stands for this process itself in `prepare`."""

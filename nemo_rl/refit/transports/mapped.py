@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -46,6 +46,10 @@ class Memory(Protocol):
     def open(self, windows: Sequence[str]) -> tuple[int, np.ndarray]:
         """(what stands for the process in `prepare`, address here of each window's first byte)."""
 
+    def keep(self, windows: Collection[str]) -> None:
+        """Unmap all others: memory that its owner gave back is free only then, and a place may come again with other
+        memory behind it. Nothing is under way."""
+
     def own(self) -> int:
         """What stands for this process itself in `prepare`."""
 
@@ -88,6 +92,7 @@ class Windows:
         self._memory, self._rank, self._layouts = memory, rank, layouts
         self.ends: dict[End, tuple[int, Rows]] = {}
         self.changes = 0
+        self._mapped: dict[End, Sequence[str]] = {}
         self._seen: dict[Side, object] = {}
 
     def locate(self, side: Side, held: object, views: Callable[[], Mapping[int, torch.Tensor]], shown: bool) -> bytes:
@@ -115,9 +120,11 @@ class Windows:
         return pack(windows, {"row": np.array(list(found), np.int64), "where": where, "strides": rows.strides})
 
     def open(self, end: End, told: bytes) -> None:
-        """Map what `end` told. Raises OSError where that is not possible."""
+        """Map what `end` told, in place of what it told before. Raises OSError where that is not possible."""
         windows, arrays = unpack(told)
         process, bases = self._memory.open(windows)
+        self._mapped[end] = windows
+        self._memory.keep({window for known in self._mapped.values() for window in known})
         address = np.zeros(len(self._layouts[end]), np.int64)
         address[arrays["row"]] = bases[arrays["where"][:, 0]] + arrays["where"][:, 1]
         self._know(end, process, Rows(address, arrays["strides"]))

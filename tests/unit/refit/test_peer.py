@@ -230,6 +230,28 @@ def test_storage_that_moved_is_shown_again():
     assert all(same_bytes(t, full[f].flip(0)) for (f, _), t in zip(landing.rows, landing.storage, strict=True)), old
 
 
+def test_memory_that_rows_left_is_not_kept_mapped(monkeypatch):
+    """It would not be free at its owner, and stand for what the owner has at the same place later."""
+    numbers, kept = iter(range(99)), []
+    show = HostMemory.show
+
+    def named(self, views):
+        windows, where = show(self, views)
+        return [*windows, f"allocation {next(numbers)}"], where
+
+    monkeypatch.setattr(HostMemory, "show", named)
+    monkeypatch.setattr(HostMemory, "keep", lambda _, windows: kept.append(sorted(windows)))
+    sim, source, _, _ = small_world()
+    raise_any(sim.start())
+    raise_any(sim.refit(0))
+    first = kept[-1]
+    raise_any(sim.refit(1))
+    assert len(kept) == 1 and first[1].startswith("allocation"), "mapped once while storage stays"
+    source.held = [Holding(h.fqn, h.region, h.view.clone()) for h in source.held]
+    raise_any(sim.refit(2))
+    assert len(kept) == 2 and len(kept[1]) == 2 and kept[1][1] > first[1], "what it has, and nothing else"
+
+
 def test_bytes_that_change_on_the_way_are_caught():
     sim, _, landing, _ = small_world()
     raise_any(sim.start())
