@@ -178,36 +178,41 @@ class Board:
             TransferError: another rank was about to answer until the deadline.
         """
         self._decisions += 1
-        at = self._width * len(self._everyone)
+        at, asked = self._width * len(self._everyone), time.monotonic()
         start = 8 * (at + _DECISION)
-        with self._locked(phase):
-            if self._words[at] < self._decisions:
+        while self._words[at] < self._decisions and not self._decided(answer, at, start):
+            waited = time.monotonic() - asked
+            if waited > self._control.deadline_s:
+                raise TransferError(
+                    f"another rank was about to decide for {self._control.deadline_s:g} s",
+                    rank=self._control.rank,
+                    phase=phase,
+                    remedy="look for a process of this session that is stopped; remake the session",
+                )
+            time.sleep(0 if waited < _SPARE_S else _MOST_S)  # whoever decides is done within microseconds
+        assert self._words[at] == self._decisions, f"{self._words[at]} is decided, {self._decisions} was asked"
+        return self._map[start : start + self._words[at + 1]].decode(errors="replace")
+
+    def _decided(self, answer: str, at: int, start: int) -> bool:
+        """Decide by `answer`, unless another rank did; False where another one is about to."""
+        with self._locked() as locked:
+            if locked and self._words[at] < self._decisions:
                 text = answer.encode()[:_MOST_TEXT]
                 self._map[start : start + len(text)] = text
                 self._words[at + 1] = len(text)
                 self._words[at] = self._decisions  # last: until then, nothing is decided
-            assert self._words[at] == self._decisions, f"{self._words[at]} is decided, {self._decisions} was asked"
-            return self._map[start : start + self._words[at + 1]].decode(errors="replace")
+            return locked
 
     @contextmanager
-    def _locked(self, phase: str) -> Iterator[None]:
-        """The kernel gives up the lock of a process that ends."""
-        end = time.monotonic() + self._control.deadline_s
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    raise TransferError(
-                        f"another rank was about to decide for {self._control.deadline_s:g} s",
-                        rank=self._control.rank,
-                        phase=phase,
-                        remedy="look for a process of this session that is stopped; remake the session",
-                    ) from error
-                time.sleep(_PAUSE_S)
+    def _locked(self) -> Iterator[bool]:
+        """Whether no other rank holds the lock, which the kernel gives up for a process that ends."""
         try:
-            yield
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 

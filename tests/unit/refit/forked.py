@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import struct
@@ -37,6 +38,7 @@ class Forked:
             return pid
         code = 1
         try:
+            gc.disable()  # what the parent left to its collector, such as stores, has threads that are not here
             os.close(writes)
             torch.set_num_threads(1)
             code = work(rank, struct.unpack("i", os.read(reads, 4))[0]) or 0

@@ -196,7 +196,8 @@ def test_a_process_killed_while_it_decides_holds_up_nobody(wrote):
         assert board.decide("yes", "commit") == "yes"
         board.meet("committed")
         if rank == 2:
-            with board._locked("commit"):
+            with board._locked() as locked:
+                assert locked
                 if wrote:
                     start = 8 * (3 * board._width + 2)
                     board._map[start : start + 4] = b"half"
