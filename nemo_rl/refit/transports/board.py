@@ -24,8 +24,8 @@ from nemo_rl.refit.errors import TransferError
 _LINE = 8  # words of a cache line, so that no two ranks write to the same one
 MOST_WORDS = 4  # that a rank brings to a meeting
 _DECISION, _MOST_TEXT = 2, 1024  # words before the text of a decision (its number, the bytes of the text); bytes of it
-# Looking on without a pause sees at once what is due soon, and takes a processor and the interpreter: for long only
-# where this host has processors to spare and this process no other threads.
+# Looking on without a pause sees at once what is due soon. It takes the interpreter from other threads, so only a
+# process without any does it, and a processor: for long only where this host has some to spare.
 _SPIN_S, _SPARE_S = 5e-5, 20e-3
 _PAUSE_S, _MOST_S = 20e-6, 1e-4
 _CHECK_S = 0.05  # between two looks at what tells of failures
@@ -49,7 +49,7 @@ class Board:
         self._words = memoryview(self._map).cast("q")
         self._width, self._lanes = _width(lanes), lanes
         self._everyone = range(control.world.size)
-        self._spare = len(os.sched_getaffinity(0)) >= 2 * control.world.size
+        self._eager_s = _SPARE_S if len(os.sched_getaffinity(0)) >= 2 * control.world.size else _SPIN_S
         self._meetings = self._decisions = 0
 
     @classmethod
@@ -117,11 +117,13 @@ class Board:
             RefitError: another rank reported a failure; its text.
         """
 
+        late: Mapping[int, int] = values
+
         def done() -> bool:
-            if not self._late(values, lane):
-                return True
-            meanwhile()
-            return False
+            nonlocal late
+            if late := self._late(late, lane):
+                meanwhile()
+            return not late
 
         self.until(done, {lane: values}, phase, end)
 
@@ -136,7 +138,7 @@ class Board:
         """
         now = time.monotonic()
         check, pause = now + _CHECK_S, _PAUSE_S
-        eager = now + (_SPARE_S if self._spare and threading.active_count() == 1 else _SPIN_S)
+        eager = now + (self._eager_s if threading.active_count() == 1 else 0.0)
         while not done():
             now = time.monotonic()
             if now > check or now > end:
@@ -221,15 +223,14 @@ class Board:
     def look(self, values: Mapping[int, int], phase: str, lane: int = 0) -> None:
         """Whether waiting for `values` still makes sense, for who waits by other means. Raises as `wait`."""
         self._control.raise_if_aborted(phase)
-        ended = [rank for rank in self._late(values, lane) if self._ended(rank)]
+        ended = self._ended(self._late(values, lane))
         # Read again: a rank may say its last word and end between two looks.
         if late := self._late({rank: values[rank] for rank in ended}, lane):
             self._give_up("the process ended of", late, phase, lane)
 
     def check_alive(self, ranks: Iterable[int], phase: str) -> None:
         """For who waits for `ranks` by other means. Raises TransferError where the process of one ended."""
-        ended = [rank for rank in sorted(ranks) if self._ended(rank)]
-        if ended:
+        if ended := self._ended(sorted(ranks)):
             names = ", ".join(map(self._control.world.describe, ended))
             raise TransferError(
                 f"the process ended of {names}",
@@ -238,9 +239,10 @@ class Board:
                 remedy="look at those ranks' logs; remake the session",
             )
 
-    def _ended(self, rank: int) -> bool:
-        pid, born = self._processes[rank]
-        return _born(pid) != born
+    def _ended(self, ranks: Iterable[int]) -> list[int]:
+        """Those whose process ended; each process is looked at once."""
+        gone = {(pid, born): _born(pid) != born for pid, born in {self._processes[rank] for rank in ranks}}
+        return [rank for rank in ranks if gone[self._processes[rank]]]
 
     def _late(self, values: Mapping[int, int], lane: int) -> dict[int, int]:
         return {rank: value for rank, value in values.items() if self.seen(rank, lane) < value}
@@ -285,7 +287,7 @@ def _opened(
     """File `inode` that process `pid` has open under `number`, or why ranks cannot share it."""
     if platform.machine() != "x86_64":
         return None, f"on {platform.machine()}, ranks may see each other's counters before what was done"
-    strange = next((p for p, born in processes if born is None or _born(p) != born), None)
+    strange = next((p for p, born in set(processes) if born is None or _born(p) != born), None)
     if strange is not None:
         return None, f"process {strange} is not seen or another one here: no common process ids"
     try:
