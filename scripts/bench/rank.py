@@ -32,6 +32,8 @@ from scripts.bench.rows import Said, error_row, probe_row, row_of
 
 log = logging.getLogger("bench")
 
+_SOON_S = 3e-3  # until all ranks have read when to start
+
 
 class Meeting:
     """The ranks of one variant: they come together, tell each other facts, and stop when one of them failed.
@@ -56,6 +58,16 @@ class Meeting:
                 raise RuntimeError(f"another rank failed: {self.store.get('failed').decode()}")
             if time.monotonic() > end:
                 raise TimeoutError(f"rank {self.rank} waited {self._deadline_s:g} s for the others at {name}")
+
+    def start(self, name: str) -> None:
+        """As `meet`, and ranks leave at one moment of their host's clock, not as the store's answers reach them."""
+        self.meet(name)
+        key = f"start/{self._count}"
+        if self.rank == 0:
+            self.store.set(key, repr(time.monotonic() + _SOON_S))
+        moment = float(self.store.get(key))
+        while time.monotonic() < moment:
+            pass
 
     def say(self, name: str, what: Any) -> list[Any]:
         """What all ranks say, in their order."""
@@ -275,7 +287,7 @@ class Rank:
             if held.landing is not None:
                 held.landing.scramble()
             start = self._reset_peak()
-            meeting.meet(f"refit {number}")
+            meeting.start(f"refit {number}")
             reports.append(refit(held.version))
             peak = max(peak, self._peak() - start)
             log.info("refit %d: %s", number, reports[-1])
