@@ -101,7 +101,7 @@ class Load:
         `giver`: rank that each copy is read from, where that is not the plan's sender.
         """
         plan, copies, sources, landings = demand.plan, demand.plan.bulk, demand.sources, demand.landings
-        item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)[copies.tensor]
+        item = plan.item_bytes[copies.tensor]
         rows = ((copies.src_rank, copies.src_row, sources), (copies.dst_rank, copies.dst_row, landings))
         runs = np.minimum(*(_runs(copies.sizes, _row_sizes(copies, *end)) for end in rows)) * item
         sizes = copies.sizes.prod(axis=1) * item

@@ -163,6 +163,11 @@ class RefitPlan:
     def names(self) -> tuple[str, ...]:
         return tuple(self.table)
 
+    @cached_property
+    def item_bytes(self) -> np.ndarray:
+        """int64, one a tensor of the table: bytes of an element."""
+        return np.array([m.dtype.itemsize for m in self.table.values()], np.int64)
+
     def region(self, copies: CopyTable, index: int) -> Region:
         ndim = len(self.table[self.names[copies.tensor[index]]].shape)
         offsets, sizes = copies.offsets[index, :ndim], copies.sizes[index, :ndim]

@@ -68,7 +68,7 @@ def _prove(
     problems = _prove_metas(plan, sources, declarations) + _prove_misc(plan, declarations)
     if problems:
         raise Refusal(problems)
-    item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)
+    item = plan.item_bytes
     root = Layout.from_regions([(f, Region.whole(plan.table[f].shape)) for f in plan.misc_fqns], plan.table)
     held = _Side(plan, "src", sources, frozenset())
     taken = _Side(plan, "dst", {r: d.layout for r, d in declarations.items()}, frozenset(plan.misc_fqns))

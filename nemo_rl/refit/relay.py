@@ -81,7 +81,7 @@ def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int) ->
     wait for their first step.
     """
     copies = plan.bulk
-    item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)
+    item = plan.item_bytes
     num_bytes, message = copies.sizes.prod(axis=1) * item[copies.tensor], copies.message_of
     groups = _replicas(plan.world, copies, layouts)
     heads = _num_heads(plan.world, copies, num_bytes, groups, step_bytes)

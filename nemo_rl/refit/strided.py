@@ -180,7 +180,7 @@ def jobs_of(
     chosen = np.asarray(indices, np.int64)
     src, src_strides = _ends(copies, chosen, copies.src_row[chosen], *source)
     dst, dst_strides = _ends(copies, chosen, copies.dst_row[chosen], *landing)
-    item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)[copies.tensor[chosen]]
+    item = plan.item_bytes[copies.tensor[chosen]]
     columns = (copies.sizes[chosen], src_strides, dst_strides)
     keys = zip(*(map(tuple, column.tolist()) for column in columns), item.tolist(), strict=True)
     return Jobs(src, dst, tuple(form_of(*key) for key in keys))
@@ -239,7 +239,7 @@ def places(
 ) -> Places:
     """Where copies `chosen` lie at the end whose rows `row` (one a copy) are of `layout` and lie as `rows` says."""
     address, strides = _ends(copies, chosen, row, layout, rows)
-    item = np.array([m.dtype.itemsize for m in plan.table.values()], np.int64)[copies.tensor[chosen]]
+    item = plan.item_bytes[copies.tensor[chosen]]
     sizes = copies.sizes[chosen]
     grown = np.concatenate([sizes, np.ones((len(chosen), 1), np.int64)], axis=1)[:, ::-1].cumprod(axis=1)[:, ::-1]
     return Places(address, grown[:, 0] * item, item, sizes, strides, grown[:, 1:] * item[:, None])

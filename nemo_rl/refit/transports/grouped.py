@@ -165,7 +165,7 @@ class Grouped:
         return Order(chosen[order], ends)
 
     def _num_bytes(self, copies: CopyTable) -> np.ndarray:
-        item = np.array([m.dtype.itemsize for m in self._plan.table.values()], np.int64)
+        item = self._plan.item_bytes
         num_bytes: np.ndarray = copies.sizes.prod(axis=1) * item[copies.tensor]
         return num_bytes
 
