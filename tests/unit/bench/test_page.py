@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import bench_page
+from scripts.bench.rows import finished
 
 ROOT = Path(__file__).parents[3]
 LINK = {"seconds_median": 0.0108, "seconds_min": 0.0107, "seconds_max": 0.0111, "gb_per_s": 396.7}
@@ -118,3 +119,12 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert bench_page.written(page, results) == page
     assert all((docs / "benchmarks" / f"{name}.svg").exists() for name in results)
     assert all(bench_page.slug(result) == name for name, result in results.items())
+
+
+def test_shares_of_the_committed_results_are_those_of_their_own_ceilings() -> None:
+    for path in sorted((ROOT / "docs" / "benchmarks").glob("*.json")):
+        rows = json.loads(path.read_text())["rows"]
+        timed = [row for row in rows if "transport" in row]
+        assert finished(rows) == rows and timed, path
+        columns = {"seconds_median", "seconds_min", "seconds_max", "gb_per_s", "staging_bytes", "verified", "bit_exact"}
+        assert all(columns <= row.keys() for row in timed), path
