@@ -363,9 +363,9 @@ class RefitSession:
         self._phase_s[phase] = self._phase_s.get(phase, 0.0) + time.monotonic() - started
 
     def _fail(self, error: RefitError) -> None:
-        # A copy: the error's frames hold messages in flight, which keep connections open.
+        # A copy, for logs too: the error's frames hold messages in flight, which keep connections open.
         self._failure = type(error)(error.detail, rank=error.rank, phase=error.phase, remedy=error.remedy)
-        log.error("%s", error)
+        log.error("%s", self._failure)
         if self._landing is not None and self._touched:
             self._landing.reject(str(error))
         if self._control is not None:
