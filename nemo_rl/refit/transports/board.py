@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ class Board:
     """One rank's view of the counters of all ranks, each of which starts at 0 and never falls between two `restart`.
 
     Args:
-        control: of the session; names ranks, has the deadline and the abort flag.
+        control: of the session, which outlives the board; names ranks, has the deadline and the abort flag.
         file: the shared memory, opened by this rank alone, which `close` closes.
         processes: (pid, time of its start) of each rank, by rank.
         lanes: counters a rank.
@@ -44,7 +45,8 @@ class Board:
     def __init__(
         self, control: Control, file: BinaryIO, processes: Sequence[tuple[int, int | None]], lanes: int
     ) -> None:
-        self._control, self._file, self._processes = control, file, processes
+        self._control: Control = weakref.proxy(control)  # which holds this board: its store goes when it goes
+        self._file, self._processes = file, processes
         self._map = mmap.mmap(file.fileno(), _size(control, lanes))
         self._words = memoryview(self._map).cast("q")
         self._width, self._lanes = _width(lanes), lanes

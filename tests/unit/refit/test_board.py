@@ -27,10 +27,15 @@ def started(work):
     def opened(rank, store):
         control = Control(rank, WORLD, store, 10)
         control.board = Board.open(control, lanes=2)
-        return control.board
+        return control
 
-    ranks = Forked((1, 2), lambda rank, port: work(opened(rank, ("127.0.0.1", port)), rank))
-    return ranks, opened(0, ranks.store)
+    def run(rank, port):
+        control = opened(rank, ("127.0.0.1", port))
+        return work(control.board, rank)
+
+    ranks = Forked((1, 2), run)
+    ranks.control = opened(0, ranks.store)
+    return ranks, ranks.control.board
 
 
 def soon(seconds=10):
