@@ -173,6 +173,40 @@ def write_everything(pipe: Any) -> None:
     pipe.send("done")
 
 
+def test_memory_is_unmapped_behind_copies_that_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    with another(owner, monkeypatch) as pipe:
+        start_and_close(pipe)
+
+
+def start_and_close(pipe: Any) -> None:
+    """Read the owner's large views again and again, and end while that goes on."""
+    from nemo_rl.refit.transports.cuda_memory import CudaMemory
+
+    _, windows, where = pipe.recv()
+    memory = CudaMemory(torch.device("cuda", 0))
+    peer, bases = memory.open(windows)
+    large = {number: source for number, source in enumerate(sources()) if source.numel() > 100_000}
+    got = [torch.zeros_like(source, memory_format=torch.contiguous_format) for source in large.values()]
+    forms, addresses = [], []
+    for (number, far), view in zip(large.items(), got, strict=True):
+        item = far.element_size()
+        forms.append(form_of(tuple(far.shape), *(tuple(s * item for s in t.stride()) for t in (far, view)), item))
+        addresses.append((bases[where[number, 0]] + where[number, 1], view.data_ptr()))
+    src, dst = np.array(addresses, np.int64).T
+    start = memory.prepare(peer, Jobs(src, dst, tuple(forms)), put=False, ordered=False)
+    torch.cuda.synchronize()
+    for _ in range(300):
+        start()
+    done = memory.mark()
+    under_way = not done()
+    memory.close()
+    assert under_way and done() and not memory._open
+    torch.cuda.synchronize()
+    for view, far in zip(got, large.values(), strict=True):
+        assert torch.equal(view.view(torch.uint8), far.contiguous().view(torch.uint8))
+    pipe.send("done")
+
+
 def unexportable(connection: Any) -> None:
     from nemo_rl.refit.transports.cuda_memory import CudaMemory
 

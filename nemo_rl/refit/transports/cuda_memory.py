@@ -8,7 +8,9 @@ GPU each can use them. Memory that the driver maps by other means (expandable se
 from __future__ import annotations
 
 import json
+import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
@@ -22,7 +24,10 @@ from nemo_rl.refit.transports import vmm
 from nemo_rl.refit.transports.chunks import place, runs_of
 from nemo_rl.refit.transports.copy_engine import CopyEngine, Parts, Start
 
+log = logging.getLogger(__name__)
+
 _BEACONS: dict[int, tuple[torch.Tensor, bytes]] = {}
+_REST_S, _PAUSE_S = 5.0, 1e-4  # longest wait for copies that are under way at the end, which take milliseconds
 
 
 class CudaMemory:
@@ -152,7 +157,19 @@ class CudaMemory:
             raise OSError(str(error)) from error
 
     def close(self) -> None:
-        """Unmap all windows; idempotent."""
+        """Unmap all windows, behind copies that are under way, which would fail otherwise and the GPU with them.
+
+        Idempotent.
+        """
+        done, end = self.mark(), time.monotonic() + _REST_S
+        try:
+            while not done():
+                if time.monotonic() > end:
+                    log.error("copies were not done within %g s; what they use stays mapped", _REST_S)
+                    return
+                time.sleep(_PAUSE_S)
+        except OSError as error:
+            log.warning("copies that were under way failed: %s", error)
         self.keep(())
 
     def _map(self, window: str) -> int:
