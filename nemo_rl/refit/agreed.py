@@ -64,8 +64,12 @@ def agree_on(
     agree(control, statement(plan, choice.transport.name, options))
     pipeline = Pipeline(plan, rank, link.channel, options.num_streams, device)
     setting = Setting(plan, rank, device, control, pipeline, sources, landings)
-    mover = choice.transport.mover(setting)
     verifier = Verifier(plan, rank, sources, device) if options.verify else None
     arrivals = Arrivals(plan, plan.bulk, rank, landings[rank]) if rank in landings else None
-    lane = open_lane(setting, choice.transport, link.facts, options.verify)
+    mover = choice.transport.mover(setting)
+    try:
+        lane = open_lane(setting, choice.transport, link.facts, options.verify)
+    except Exception:
+        mover.close()
+        raise
     return Agreed(plan, verifier, arrivals, pipeline, choice, mover, lane)

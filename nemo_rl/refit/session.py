@@ -366,11 +366,15 @@ class RefitSession:
         # A copy, for logs too: the error's frames hold messages in flight, which keep connections open.
         self._failure = type(error)(error.detail, rank=error.rank, phase=error.phase, remedy=error.remedy)
         log.error("%s", self._failure)
-        if self._landing is not None and self._touched:
-            self._landing.reject(str(error))
         if self._control is not None:
             self._control.abort(error)
-        self._disconnect()
+        try:
+            if self._landing is not None and self._touched:
+                self._landing.reject(str(error))
+        except Exception:  # peers wait, and the first failure is what counts
+            log.exception("%s could not be told to refuse", self.world.describe(self.rank))
+        finally:
+            self._disconnect()
 
     def _disconnect(self) -> None:
         """Give up the mover's windows and the channel, which releases peers that wait for this rank."""

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_rl.refit import agreed
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.transports import registry
 from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 
 from .layouts import random_table, shard_out
@@ -117,6 +119,39 @@ def test_one_flipped_bit_on_the_wire_is_not_committed(units):
     assert all(isinstance(r, RefitError) for r in results.values()), "nobody commits"
     assert all(landing.version == -1 and landing.rejected for landing in landings)
     assert all(isinstance(r, PoisonedError) for r in sim.refit(2).values())
+
+
+def test_an_engine_that_cannot_be_told_to_refuse_holds_up_nobody(caplog):
+    sim, _, landings, _ = two_by_two(wrap=lambda r, t: Tampering(t, flip) if r == 3 else t)
+    raise_any(sim.start())
+    boards = [s._link.control.board for s in sim.sessions]
+
+    def broken(reason):
+        raise RuntimeError("the engine's process is gone")
+
+    landings[1].reject = broken
+    results = sim.refit(1)
+    assert isinstance(results[3], VerificationError) and all(isinstance(r, RefitError) for r in results.values())
+    assert any("generator 1 (rank 3) failed in phase 'verify'" in str(results[r]) for r in range(3))
+    assert all(board._map.closed for board in boards) and landings[1].version == -1
+    assert "generator 1 (rank 3) could not be told to refuse" in caplog.text and "process is gone" in caplog.text
+
+
+def test_a_mover_is_given_up_where_the_plan_gets_no_lane(monkeypatch):
+    closed = []
+
+    def no_lane(setting, *_):
+        raise PlanError("no lane", rank=setting.rank, phase="agree", remedy="none")
+
+    def mover(setting):
+        one = registry.TRANSPORTS["gloo"].mover(setting)
+        one.close = lambda: closed.append(setting.rank)
+        return one
+
+    monkeypatch.setattr(agreed, "open_lane", no_lane)
+    monkeypatch.setitem(registry.TRANSPORTS, "peer", replace(registry.TRANSPORTS["peer"], mover=mover))
+    sim, *_ = two_by_two(RefitOptions(transport="peer", deadline_s=5))
+    assert all("no lane" in str(r) for r in sim.start().values()) and sorted(closed) == [0, 1, 2, 3]
 
 
 def test_ranks_without_common_memory_meet_at_the_store(monkeypatch, caplog):
