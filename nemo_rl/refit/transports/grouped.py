@@ -211,7 +211,7 @@ class Grouped:
         recvs = [Post(load.buffer, load.parcel.src_rank, load.parcel.number) for load in incoming]
         try:
             flight = self._lanes.exchange(group[0].lane, sends, recvs) if sends or recvs else None
-        except TimeoutError as error:
+        except (TimeoutError, RuntimeError) as error:
             raise self._failed([_Posted(outgoing, incoming, None)], copies, str(error)) from error
         return _Posted(outgoing, incoming, flight)
 

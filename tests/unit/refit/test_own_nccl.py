@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ class Group:
     """Groups of one communicator; a peer in `missing` is waited for until `abort`."""
 
     def __init__(self, missing: set[int]) -> None:
-        self._missing, self._aborted = missing, threading.Event()
+        self._missing, self.aborted = missing, threading.Event()
         self.threads: list[str] = []
         self._waits = False
 
@@ -89,31 +90,82 @@ class Group:
     def _end_coalescing(self) -> str:
         self.threads.append(threading.current_thread().name)
         if self._waits:
-            self._aborted.wait(5)
+            self.aborted.wait(5)
         return "work"
 
     def eager_connect_single_device(self, device: torch.device) -> None:
         return None
 
     def abort(self) -> None:
-        self._aborted.set()
+        self.aborted.set()
 
 
-def test_a_peer_that_never_connects_is_a_timeout_and_known_ones_need_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group({2})
-    monkeypatch.setattr("nemo_rl.refit.transports.nccl_lanes.make_group", lambda *_: group)
+@pytest.fixture
+def lanes_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NcclLanes]:
+    """Makes the lanes of rank 0 of three, without CUDA: one communicator each of `groups`."""
     made = argparse.Namespace(Options=lambda **_: argparse.Namespace())
     monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: "stream")
-    lanes = NcclLanes(dist.HashStore(), 0, 3, 1, 0.2, torch.device("cpu"))
-    here, near, far = threading.current_thread().name, Post(torch.zeros(1), 1, 0), Post(torch.zeros(1), 2, 0)
-    lanes.exchange(0, [near], [])
-    lanes.exchange(0, [], [near])
-    assert group.threads == ["connecting lane 0 with ranks [1]", here]
-    with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[1, 2\] took longer"):
-        lanes.exchange(0, [near], [far])
+
+    def make(store: dist.Store, *groups: Group) -> NcclLanes:
+        left = list(groups)
+        monkeypatch.setattr("nemo_rl.refit.transports.nccl_lanes.make_group", lambda *_: left.pop(0))
+        return NcclLanes(store, 0, 3, len(groups), 0.2, torch.device("cpu"))
+
+    monkeypatch.setattr("nemo_rl.refit.transports.nccl_lanes._LEAST_S", 0.1)
+    return make
+
+
+def come(store: dist.Store, lane: int, peer: int) -> None:
+    """What `peer` says before it connects to rank 0."""
+    store.set(f"meet/{lane}/{peer}/0", b"")
+
+
+NEAR, FAR = Post(torch.zeros(1), 1, 0), Post(torch.zeros(1), 2, 0)
+
+
+def test_a_peer_that_does_not_come_is_a_timeout_outside_nccl(lanes_of: Callable[..., NcclLanes]) -> None:
+    store, group = dist.HashStore(), Group({2})
+    lanes, here = lanes_of(store, group), threading.current_thread().name
+    come(store, 0, 1)
+    lanes.exchange(0, [NEAR], [])
+    lanes.exchange(0, [], [NEAR])
+    assert group.threads == ["connecting lane 0 with ranks [1]", here], "known ones need no thread"
+    assert store.check(["meet/0/0/1"]) and not store.check(["meet/0/0/2"])
+    with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[2\] took longer"):
+        lanes.exchange(0, [NEAR], [FAR])
+    assert len(group.threads) == 2 and store.check(["meet/0/0/2"])
     lanes.close()
-    assert group._aborted.is_set()
+    assert group.aborted.is_set()
+
+
+def test_a_communicator_is_not_aborted_under_the_thread_that_connects_it(
+    lanes_of: Callable[..., NcclLanes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """NCCL frees what the thread reads; other lanes are aborted, and this one's too once its thread came back."""
+    store, groups = dist.HashStore(), (Group(set()), Group({2}), Group({2}))
+    lanes = lanes_of(store, *groups)
+    come(store, 1, 2)
+    with pytest.raises(TimeoutError, match=r"connecting lane 1 with ranks \[2\]"):
+        lanes.exchange(1, [FAR], [])
+    with caplog.at_level(logging.ERROR):
+        lanes.close()
+    assert [group.aborted.is_set() for group in groups] == [True, False, True]
+    assert "lanes [1] still connect to a peer that died" in caplog.text
+    groups[1].aborted.set()  # NCCL gave up: the lane is like any other
+    lanes = lanes_of(dist.HashStore(), group := Group(set()))
+    come(lanes._store, 0, 2)
+    lanes.exchange(0, [FAR], [])
+    lanes.close()
+    assert group.aborted.is_set()
+
+
+def test_communicators_that_were_made_are_aborted_where_another_is_not(lanes_of: Callable[..., NcclLanes]) -> None:
+    first, second = Group(set()), Group(set())
+    second.eager_connect_single_device = lambda _: time.sleep(1)  # type: ignore[assignment, method-assign]
+    with pytest.raises(TimeoutError, match="making NCCL communicators"):
+        lanes_of(dist.HashStore(), first, second)
+    assert first.aborted.is_set() and not second.aborted.is_set()
