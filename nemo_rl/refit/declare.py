@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from nemo_rl.refit.base import Declaration, RefitOptions, Source
@@ -106,8 +107,11 @@ def agree(control: Control, mine: Mapping[str, Any]) -> None:
 
 def _word(value: Any) -> int:
     """What stands for a value where ranks compare; 0 where there is none."""
-    if value is None:
-        return 0
+    return 0 if value is None else _digest(value)
+
+
+@lru_cache(maxsize=64)
+def _digest(value: Any) -> int:
     digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True) or 1
 

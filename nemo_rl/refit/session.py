@@ -199,7 +199,8 @@ class RefitSession:
             finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("misc"):
             misc, whole = self._agreed.lane.load(self._landing)
-            finish(self._device, time.monotonic() + self._data_s)
+            if self._agreed.plan.misc_fqns:
+                finish(self._device, time.monotonic() + self._data_s)
         with self._guarded("verify"):
             self._verify(watch, tracker, whole)
         with self._guarded("commit"):

@@ -164,13 +164,16 @@ class Board:
         self._meetings += 1
         # Two places in turn: who comes to the next meeting but one has seen that all have left this one.
         place = self._lanes + 1 + MOST_WORDS * (self._meetings % 2)
+        number, shared = self._meetings, self._words
         starts = [rank * self._width + place for rank in self._everyone]
+        counts = [rank * self._width + self._lanes for rank in self._everyone]
         for i, word in enumerate(words, starts[self._control.rank]):
-            self._words[i] = word
-        self.post(self._meetings, self._lanes)
+            shared[i] = word
+        shared[counts[self._control.rank]] = number
+        awaited = {self._lanes: dict.fromkeys(self._everyone, number)}
         end = time.monotonic() + self._control.deadline_s
-        self.wait(dict.fromkeys(self._everyone, self._meetings), phase, end, self._lanes)
-        return [tuple(self._words[start : start + len(words)]) for start in starts]
+        self.until(lambda: all(shared[i] >= number for i in counts), awaited, phase, end)
+        return [tuple(shared[start : start + len(words)]) for start in starts]
 
     def decide(self, answer: str, phase: str) -> str:
         """The answer that the first rank gave to this question; every rank gets the same, whatever it wanted itself.
@@ -193,7 +196,10 @@ class Board:
                     phase=phase,
                     remedy="look for a process of this session that is stopped; remake the session",
                 )
-            time.sleep(0 if waited < _SPARE_S else _MOST_S)  # whoever decides is done within microseconds
+            if waited < _SPIN_S:  # whoever decides is done within microseconds
+                os.sched_yield()
+            else:
+                time.sleep(_PAUSE_S)
         assert self._words[at] == self._decisions, f"{self._words[at]} is decided, {self._decisions} was asked"
         return self._map[start : start + self._words[at + 1]].decode(errors="replace")
 
