@@ -33,7 +33,7 @@ SLOTS_AHEAD = 3
 """Parcels of a direction that are packed or spread while lanes are busy: packing is seldom even with the wire."""
 
 STAGING_BYTES = 512 << 20
-"""Of all slots of a rank, where two for each direction fit into it."""
+"""Of all slots of a rank; parcels are so small that each direction has a slot more than lanes."""
 
 DIGEST_BYTES = 256 << 20
 """Of parcels that are looked at together as soon as they landed: each launch takes time of the host's."""
@@ -170,13 +170,19 @@ class Grouped:
         return num_bytes
 
     def _num_slots(self) -> int:
-        """Of a direction."""
-        directions = 2 if self._rank in self._world.shared else 1
-        return max(2, min(self._num_lanes + SLOTS_AHEAD, STAGING_BYTES // directions // self._limit))
+        """Of a direction; where single messages are long, no fewer than two."""
+        return max(2, min(self._num_lanes + SLOTS_AHEAD, self._staging_bytes // self._limit))
 
     @property
     def _limit(self) -> int:
-        return max(parcels.PARCEL_BYTES, self._plan.bucket_bytes)
+        """Bytes of a parcel, the same on all ranks."""
+        most = min(parcels.PARCEL_BYTES, self._staging_bytes // (self._num_lanes + 1))
+        return max(most, self._plan.bucket_bytes)
+
+    @property
+    def _staging_bytes(self) -> int:
+        """Of a direction; where any rank has both, each of them has half."""
+        return STAGING_BYTES // (2 if self._world.shared else 1)
 
     def _fit(self, copies: CopyTable, groups: Sequence[Sequence[Parcel]], tracker: Tracker | None) -> None:
         for number, group in enumerate(groups):

@@ -328,7 +328,36 @@ def test_pairs_that_move_little_have_smaller_parcels():
     def limit(most):
         return parcels.Rules(World.of(1, 1), copies, num_bytes, none, 3, most).limit_of(0, 1)
 
-    assert limit(total) == total // 4 and limit(total // 8) == total // 16 and limit(total // 64) == total // 64
+    assert limit(total) == total // 4 and limit(total // 4) == total // 8 and limit(total // 64) == total // 64
+
+
+@pytest.mark.parametrize(("ranks", "streams"), [((0, 1), 1), ((0, 1), 3), ((0, 1), 7), ((0, 0), 2)])
+def test_a_direction_has_a_slot_more_than_lanes(ranks, streams, monkeypatch):
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    full, sources, landings = two_sides(random.Random(2), 1, 1)
+    world, store, hub = World((ranks[0],), (ranks[1],)), dist.HashStore(), Hub()
+    sim = SimulatedWorld.__new__(SimulatedWorld)
+    options = RefitOptions("nccl", 1024, streams, deadline_s=20)
+    sim.world, sim.store = world, store
+    sim.sessions = [
+        RefitSession(
+            rank,
+            world,
+            store,
+            options,
+            sources[0] if rank in world.trainers else None,
+            landings[0] if rank in world.generators else None,
+            channel=InprocChannel(hub, rank),
+        )
+        for rank in range(world.size)
+    ]
+    raise_any(sim.start())
+    for session in sim.sessions:
+        mover = session._agreed.mover
+        directions = 2 if world.shared else 1
+        assert mover._depth > mover._num_lanes, "what is packed next waits for no lane"
+        assert directions * mover._depth * mover._limit <= 512 << 20
+        assert mover._limit >= 64 << 20
 
 
 def test_a_rank_that_posts_in_another_order_is_a_circle():
