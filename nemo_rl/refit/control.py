@@ -5,6 +5,7 @@ Ranks of one host meet and decide on a board in memory that they share, where th
 
 from __future__ import annotations
 
+import logging
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from nemo_rl.refit.errors import RefitError, TransferError
 
 if TYPE_CHECKING:
     from nemo_rl.refit.transports.board import Board
+
+log = logging.getLogger(__name__)
 
 _ABORT = "abort"
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 5e-5, 5e-3
@@ -233,8 +236,12 @@ class Control:
 
     def tidy(self) -> None:
         """Right behind a meeting, when there is time: delete what this rank wrote. Gathers do so themselves."""
-        if self.board is not None:
+        if self.board is None:
+            return
+        try:
             self._forget(len(self._written))
+        except RuntimeError as error:  # what ranks decided stands; whoever asks the store next is told
+            log.warning("the store keeps what rank %d wrote: %s", self.rank, error)
 
     def _forget(self, count: int) -> None:
         """All ranks came here, so they have read what they wanted of the first `count` keys that this one wrote."""

@@ -206,8 +206,7 @@ class RefitSession:
         with self._guarded("commit"):
             self._commit(version)
         report = self._report(version, time.monotonic() - started, bulk, misc, memory)
-        with self._guarded("committed"):
-            self._link.control.tidy()
+        self._link.control.tidy()
         return report
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_what_everyone_has_read_is_deleted_behind_a_meeting_on_a_board():
         assert store.num_keys() > 0
         together(members, lambda c: c.tidy())
         assert store.num_keys() == 0
+
+
+def test_a_store_that_ends_behind_the_commit_takes_nothing_back(monkeypatch, caplog):
+    (control, *_), _ = boarded()
+    control._written.append("1/0/")
+
+    def gone(_):
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(control, "store", SimpleNamespace(delete_key=gone))
+    control.tidy()
+    assert "the store keeps what rank 0 wrote: connection reset" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["store", "board"])
