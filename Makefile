@@ -16,6 +16,8 @@ GPU_PYTHON ?= $(GPU_VENV)/bin/python
 NCCL := nvidia-nccl-cu13==2.30.7
 ARGS ?=
 PYTEST_ARGS ?=
+# Images of Python often set it: every process would then compile all that it imports, for seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-gpu grpo grpo-moe golden test test-all test-gpu lint clean
 
