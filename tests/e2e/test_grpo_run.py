@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from nemo_rl.actors import Actors
-from nemo_rl.cluster import Cluster, ClusterError
+from nemo_rl.cluster import Cluster, ClusterError, wait_all
 from nemo_rl.config import load_config
 from nemo_rl.driver import stop_token_ids
 from nemo_rl.grpo.data import load_tokenizer
@@ -214,7 +214,10 @@ def test_a_killed_trainer_ends_the_refit_and_nothing_is_served(actors: tuple[Act
     assert refitter.refit(0).verified
     request = GenerationRequest(((5, 6),), (1,), SamplingOptions(1, 4, 1.0))
     assert len(generators.generate([request, request])) == 2
-    ray.kill(running.trainers[1].handle)
+    doomed = running.trainers[1]
+    ray.kill(doomed.handle)
+    with pytest.raises(ClusterError, match="died"):  # else it may still agree to the refit before it ends
+        wait_all([(doomed, doomed.handle.address.remote())], "end", 60)
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"phase 'refit of version 1' failed: trainer 1 \(rank 1\) died"):
         refitter.refit(1)
