@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nemo_rl.refit.device import beside, rejoin
-from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.errors import RefitError, TransferError
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
@@ -99,12 +99,16 @@ class Grouped:
     ) -> list[_Posted]:
         posted: list[_Posted] = []
         look = self._meanwhile()
+
+        def serve() -> None:
+            with aside():
+                look()
+
         for number, group in enumerate(groups):
             if number >= self._depth:
                 self._settle(number - self._depth, posted, copies, tracker, end)
-            posted.append(self._post(number, group, copies, tracker))
-            with aside():
-                look()
+            posted.append(self._post(number, group, copies, tracker, serve))
+            serve()
         for number in range(max(0, len(posted) - self._depth), len(posted)):
             self._settle(number, posted, copies, tracker, end)
         if tracker is not None:
@@ -199,7 +203,14 @@ class Grouped:
 
     # ---- one group
 
-    def _post(self, number: int, group: Sequence[Parcel], copies: CopyTable, tracker: Tracker | None) -> _Posted:
+    def _post(
+        self,
+        number: int,
+        group: Sequence[Parcel],
+        copies: CopyTable,
+        tracker: Tracker | None,
+        look: Callable[[], None],
+    ) -> _Posted:
         """Pack what leaves and start the group, behind all that the current stream was given."""
         outgoing, incoming = [], []
         for parcel in group:
@@ -216,7 +227,9 @@ class Grouped:
         sends = [Post(load.buffer, load.parcel.dst_rank, load.parcel.number) for load in outgoing]
         recvs = [Post(load.buffer, load.parcel.src_rank, load.parcel.number) for load in incoming]
         try:
-            flight = self._lanes.exchange(group[0].lane, sends, recvs) if sends or recvs else None
+            flight = self._lanes.exchange(group[0].lane, sends, recvs, look) if sends or recvs else None
+        except RefitError:
+            raise  # another rank's, which says why its peers wait
         except (TimeoutError, RuntimeError) as error:
             raise self._failed([_Posted(outgoing, incoming, None)], copies, str(error)) from error
         return _Posted(outgoing, incoming, flight)

@@ -49,10 +49,12 @@ Aside = Callable[[], AbstractContextManager[object]]
 class Lanes(Protocol):
     """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
 
-    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
+    def exchange(
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = ...
+    ) -> Flight:
         """Start a group after what the current stream was given so far; ranks' groups of a lane match in order.
 
-        Raises TimeoutError where a peer is not there to start it with.
+        Calls `look` now and then while a peer is not there to start it with; raises TimeoutError where it never is.
         """
 
     def ahead(self) -> AbstractContextManager[Aside]:
@@ -91,7 +93,9 @@ class HostLanes:
     def __init__(self, channel: Channel) -> None:
         self._channel, self._memory = channel, HostMemory()
 
-    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _HostFlight:
+    def exchange(
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = lambda: None
+    ) -> _HostFlight:
         started: list[Pending] = [self._channel.send(p.buffer, p.peer, p.tag) for p in sends]
         started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]
         return _HostFlight(started)

@@ -82,19 +82,21 @@ class NcclLanes:
                 group.eager_connect_single_device(self._device)
                 self._groups.append(group)
 
-    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _NcclFlight:
+    def exchange(
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = lambda: None
+    ) -> _NcclFlight:
         """Raises TimeoutError where a peer of which this lane has heard nothing does not connect."""
         peers = {(lane, post.peer) for post in (*sends, *recvs)}
         if peers <= self._met:
             return self._exchange(lane, sends, recvs)
         end, fresh = time.monotonic() + self._deadline_s, sorted(peer for _, peer in peers - self._met)
         what = f"connecting lane {lane} with ranks {fresh}"
-        self._meet(lane, fresh, end, what)
+        self._meet(lane, fresh, end, what, look)
         flight = self._first(lane, sends, recvs, end, what)
         self._met |= peers
         return flight
 
-    def _meet(self, lane: int, peers: Sequence[int], end: float, what: str) -> None:
+    def _meet(self, lane: int, peers: Sequence[int], end: float, what: str, look: Callable[[], None]) -> None:
         """Until all of `peers` are about to connect too. NCCL would wait without a limit for one that never comes."""
         for peer in peers:
             self._store.set(f"meet/{lane}/{self._rank}/{peer}", b"")
@@ -102,6 +104,7 @@ class NcclLanes:
         while not self._store.check(keys):
             if time.monotonic() > end:
                 raise TimeoutError(f"{what} took longer than {self._deadline_s:g} s")
+            look()
             time.sleep(_LOOK_S)
 
     def _first(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, what: str) -> _NcclFlight:

@@ -151,8 +151,10 @@ class _Lent:
 
     own: Lanes
 
-    def exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> Flight:
-        return self.own.exchange(lane, sends, recvs)
+    def exchange(
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = lambda: None
+    ) -> Flight:
+        return self.own.exchange(lane, sends, recvs, look)
 
     def ahead(self) -> AbstractContextManager[Aside]:
         return self.own.ahead()

@@ -135,8 +135,10 @@ def test_a_peer_that_does_not_come_is_a_timeout_outside_nccl(lanes_of: Callable[
     lanes.exchange(0, [], [NEAR])
     assert group.threads == ["connecting lane 0 with ranks [1]", here], "known ones need no thread"
     assert store.check(["meet/0/0/1"]) and not store.check(["meet/0/0/2"])
+    looks: list[None] = []
     with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[2\] took longer"):
-        lanes.exchange(0, [NEAR], [FAR])
+        lanes.exchange(0, [NEAR], [FAR], lambda: looks.append(None))
+    assert looks, "others are served meanwhile"
     assert len(group.threads) == 2 and store.check(["meet/0/0/2"])
     lanes.close()
     assert group.aborted.is_set()

@@ -376,10 +376,10 @@ def test_ranks_that_differ_on_the_order_are_caught_by_digests(on_cpu):
     mover = sim.sessions[0]._agreed.mover
     inner = mover._lanes.exchange
 
-    def swapped(lane, sends, recvs):
+    def swapped(lane, sends, recvs, look):
         for post in sends:
             post.buffer.copy_(post.buffer.flip(0))
-        return inner(lane, sends, recvs)
+        return inner(lane, sends, recvs, look)
 
     mover._lanes.exchange = swapped
     results = sim.refit(1)
@@ -402,13 +402,34 @@ def test_a_peer_that_does_not_connect_is_named_with_the_parcel(on_cpu):
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
     raise_any(sim.start())
 
-    def exchange(lane, sends, recvs):
+    def exchange(lane, sends, recvs, look):
         raise TimeoutError("connecting lane 0 took longer than 1 s")
 
     sim.sessions[1]._agreed.mover._lanes.exchange = exchange
     error = sim.refit(1)[1]
     assert isinstance(error, TransferError) and "receiving from trainer 0 (rank 0) in round" in str(error)
     assert "connecting lane 0" in str(error) and "layers." in str(error)
+
+
+def test_who_waits_for_a_peer_to_connect_hears_why_it_does_not(on_cpu):
+    _, sources, landings = two_sides(random.Random(4), 1, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    raise_any(sim.start())
+
+    def exchange(lane, sends, recvs, look):
+        while True:
+            look()
+            time.sleep(0.01)
+
+    def out_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    sim.sessions[0]._agreed.mover._fit = out_of_memory
+    sim.sessions[1]._agreed.mover._lanes.exchange = exchange
+    started = time.monotonic()
+    errors = sim.refit(1)
+    assert "out of memory" in str(errors[0]) and "out of memory" in str(errors[1])
+    assert time.monotonic() - started < 10 and landings[0].version == -1
 
 
 def test_the_first_parcel_that_is_late_is_named(on_cpu):
