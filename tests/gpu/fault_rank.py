@@ -161,12 +161,15 @@ class Rank:
         carrier = mover._carrier
         mine = [b for b in carrier._schedule.batches if b.taker == self.rank]
         step = mine[self.number_of(mine, mover)].step
-        inner, damaged = carrier._take, []
+        inner = carrier._take
 
         def take(landed: Callable[[int], None]) -> None:
-            if not damaged and carrier._seen(self.rank) > step:
-                damaged.append(self.damage())
-            inner(landed)
+            def damaged(number: int) -> None:
+                if number == step:
+                    self.damage()
+                landed(number)
+
+            inner(damaged)
 
         carrier._take = take
 
