@@ -23,7 +23,7 @@ NVLink multicast needs a fabric manager that containers often lack, and can take
 _CLOSELY_S = 2e-4
 """For so long waits look without a pause: a sleep takes longer than what is about to end."""
 
-_SIDE: dict[torch.device, torch.cuda.Stream] = {}
+_SIDE: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of `beside`
 _ALL: dict[torch.device, torch.cuda.Event] = {}  # of `quiesce`
 
 
@@ -96,13 +96,15 @@ def beside(device: torch.device) -> Iterator[None]:
         yield
         return
     if device not in _SIDE:
-        _SIDE[device] = torch.cuda.Stream(device)
-    _SIDE[device].wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(_SIDE[device]):
+        _SIDE[device] = torch.cuda.Stream(device), torch.cuda.Event()
+    side, before = _SIDE[device]
+    before.record(torch.cuda.current_stream(device))
+    side.wait_event(before)
+    with torch.cuda.stream(side):
         yield
 
 
 def rejoin(device: torch.device) -> None:
     """What the current stream of `device` is given next runs behind all that was started `beside` it."""
     if device in _SIDE:
-        torch.cuda.current_stream(device).wait_stream(_SIDE[device])
+        torch.cuda.current_stream(device).wait_stream(_SIDE[device][0])

@@ -70,19 +70,22 @@ class Ledger:
 
     Attributes:
         taken: which numbers have a digest.
+        on_the_way: to the host, all of them, since `fetch`.
     """
 
     def __init__(self, count: int) -> None:
         self.taken = np.zeros(count, bool)
         self._found: dict[torch.device, torch.Tensor] = {}
         self._hosts: dict[torch.device, tuple[torch.Tensor, torch.cuda.Event]] = {}  # pinned, and when it is filled
-        self._on_the_way = False
+        self._clean, self.on_the_way = True, False
         self._scratch = Scratch()
 
     def clear(self) -> None:
         """Nothing is taken, behind what the current streams were given; who reads reads what is taken from now on."""
+        if self._clean:
+            return
         self.taken[:] = False
-        self._on_the_way = False
+        self._clean, self.on_the_way = True, False
         for found in self._found.values():
             found.zero_()
 
@@ -98,14 +101,17 @@ class Ledger:
 
     def room(self, device: torch.device) -> torch.Tensor:
         """To take digests on `device`: int64, one a number, 0 where there is none."""
-        self._on_the_way = False
+        self._clean, self.on_the_way = False, False
         if device not in self._found:
             self._found[device] = torch.zeros(len(self.taken), dtype=torch.int64, device=device)
         return self._found[device]
 
     def fetch(self) -> None:
-        """Bring what was taken to the host, behind what the current streams were given; does not wait."""
-        self._on_the_way = True
+        """Bring what was taken to the host, behind what the current streams were given; does not wait. Once is enough,
+        until more is taken."""
+        if self.on_the_way:
+            return
+        self.on_the_way = True
         for device, found in self._found.items():
             if found.is_cuda:
                 if device not in self._hosts:
@@ -117,13 +123,13 @@ class Ledger:
     @property
     def fetched(self) -> bool:
         """Whether `read` would not wait, after `fetch`."""
-        return self._on_the_way and all(filled.query() for _, filled in self._hosts.values())
+        return self.on_the_way and all(filled.query() for _, filled in self._hosts.values())
 
     def read(self, deadline_s: float = _LONGEST_S) -> np.ndarray:
         """int64, one a number; 0 where none was taken. Raises TimeoutError where a device takes longer."""
         end = time.monotonic() + deadline_s
         total = np.zeros(len(self.taken), np.int64)
-        if not self._on_the_way:
+        if not self.on_the_way:
             self.fetch()
         for device, (host, filled) in self._hosts.items():
             await_event(filled, f"the digest of {len(self.taken)} pieces on {device}", end)

@@ -93,6 +93,11 @@ class Arrivals:
         self._ledger.clear()
         return self._ledger
 
+    def tidy(self) -> None:
+        """Nobody reads the digests of this refit any more: the next one finds room for its own."""
+        if self._ledger is not None:
+            self._ledger.clear()
+
     def pieces(self, unit: int) -> Pieces:
         """What lands in `unit`, numbered by its place in `mine`; one object for what lands in place."""
         if unit != IN_PLACE:

@@ -206,7 +206,7 @@ class RefitSession:
         with self._guarded("commit"):
             self._commit(version)
         report = self._report(version, time.monotonic() - started, bulk, misc, memory)
-        self._link.control.tidy()
+        self._tidy()
         return report
 
     def close(self) -> None:
@@ -292,6 +292,14 @@ class RefitSession:
         if self._agreed.verifier is not None and watch is not None:
             self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
             self._link.control.rest()
+
+    def _tidy(self) -> None:
+        """What nobody waits for: engines serve the version already."""
+        self._link.control.tidy()
+        if self._agreed.arrivals is not None:
+            self._agreed.arrivals.tidy()
+        if self._agreed.verifier is not None:
+            self._agreed.verifier.tidy()
 
     def _commit(self, version: int) -> None:
         """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""

@@ -111,6 +111,9 @@ class Watch:
         control: of the session.
         first: this rank's first look; None on a rank that is no trainer.
         holdings: what `first` looked at.
+
+    Attributes:
+        expected: see `Verifier.expected`; None until trainers were heard.
     """
 
     def __init__(self, verifier: Verifier, control: Control, first: Ledger | None, holdings: Sequence[Holding]) -> None:
@@ -119,13 +122,15 @@ class Watch:
         self._second: Ledger | None = None
         self._held: np.ndarray | None = None
         self._said: Mapping[int, bytes] | None = None
+        self.expected: np.ndarray | None = None
         self._ticket, self._started_s, self._next_s = control.ticket(), time.monotonic(), 0.0
 
     def step(self) -> None:
         """Go on as far as is possible without waiting; called as often as one likes, it seldom asks the store."""
         if self._said is not None:
             return
-        if self._first is not None:
+        if self._first is not None and self._held is None:
+            self._verifier.fetch(self._first)
             if not self._first.fetched:
                 return
             self._say(self._first)
@@ -156,11 +161,14 @@ class Watch:
         """All trainers have said what their first look saw: look again, and hear them."""
         if self._first is not None:
             self._second = self._verifier.look(self._holdings)
+            self._verifier.fetch(self._second)
         self._said = self._control.collect(self._ticket, "verify", self._verifier.peers)
+        self.expected = self._verifier.expected(self._said, self._held)
 
     def _say(self, first: Ledger) -> None:
         """What the first look saw, told once to all ranks that compare something with it."""
         if self._held is None:
+            self._verifier.fetch(first)
             self._held = first.read(self._control.deadline_s)
             self._control.post(self._ticket, self._verifier.statements(self._held))
 
@@ -209,8 +217,19 @@ class Verifier:
         with beside(self._device):
             ledger = self._empty_ledger()
             self._digests.take(self._looked[1], ledger)
-            ledger.fetch()
         return ledger
+
+    def fetch(self, look: Ledger) -> None:
+        """Bring what `look` saw to the host, without waiting; an engine or a transfer may wait for `look` alone."""
+        if not look.on_the_way:
+            with beside(self._device):
+                look.fetch()
+
+    def tidy(self) -> None:
+        """Nobody reads looks of this refit any more: the next one finds room for its own."""
+        with beside(self._device):
+            for ledger in self._ledgers:
+                ledger.clear()
 
     def _empty_ledger(self) -> Ledger:
         """One of two, by turns, so that a look stands until the next but one."""
@@ -230,7 +249,8 @@ class Verifier:
         """
         looks, said = watch.finish()
         wrong = [] if looks is None else self.changes(*looks)
-        wrong += self.differences(said, looks and looks[0], bulk, misc)
+        if watch.expected is None or not bulk.taken.all() or not np.array_equal(bulk.read(), watch.expected):
+            wrong += self.differences(said, looks and looks[0], bulk, misc)
         if wrong:
             shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise VerificationError(
@@ -239,6 +259,31 @@ class Verifier:
                 phase="verify",
                 remedy="the version was not committed; find what wrote these bytes, then remake the session and refit",
             )
+
+    def expected(self, said: Mapping[int, bytes], held: np.ndarray | None) -> np.ndarray | None:
+        """The digests of bulk that shows no difference; None where a rank has more to compare, or a difference shows.
+
+        Args:
+            said, held: as for `differences`, which then tells.
+        """
+        bulk, misc = self._landing
+        if len(misc.index):
+            return None
+        found = np.zeros(len(bulk.index), np.int64)
+        for peer in self.peers:
+            try:
+                _, want = unpack(said[peer])
+            except ValueError:
+                return None
+            numbers = bulk.of_peer[peer]
+            if (
+                len(want["bulk"]) != len(numbers)
+                or len(want["misc"])
+                or self._unequal_shared(peer, want["shared"], held)
+            ):
+                return None
+            found[numbers] = want["bulk"]
+        return found
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> list[str]:
         """Pieces of this rank's source that are not what they were when the refit began."""

@@ -7,7 +7,10 @@ import torch
 
 from nemo_rl.refit.digest import Ledger, digest_view
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.verify import Watch
+from nemo_rl.refit.verify import Verifier, Watch
+
+from .planted import two_by_two
+from .simulated import raise_any
 
 
 class Store:
@@ -51,8 +54,13 @@ class Looks:
         self.count += 1
         ledger = Ledger(1)
         ledger.room(torch.device("cpu"))[0] = self.count
-        ledger.fetch()
         return ledger
+
+    def fetch(self, ledger):
+        ledger.fetch()
+
+    def expected(self, said, held):
+        return None
 
     def statements(self, held):
         return {2: held.tobytes()}
@@ -112,3 +120,25 @@ def test_a_cleared_ledger_knows_nothing_of_before():
     assert ledger.taken.tolist() == [False, True]
     assert ledger.read().tolist() == [0, digest_view(views[1] + 1, regions[1])]
     assert before.tolist() == [digest_view(*each) for each in zip(views, regions, strict=True)], "what was read stays"
+
+
+@pytest.mark.parametrize(("misc", "ranks"), [((), set()), (("w0",), {2, 3})])
+def test_only_who_may_differ_compares_piece_by_piece(misc, ranks, monkeypatch):
+    """Bulk that is all as expected is compared at once; whole tensors are on generators."""
+    sim, *_ = two_by_two(misc=misc)
+    raise_any(sim.start())
+    called, plain = set(), Verifier.differences
+    monkeypatch.setattr(Verifier, "differences", lambda v, *args: called.add(v._rank) or plain(v, *args))
+    raise_any(sim.refit(1))
+    assert called == ranks
+
+
+def test_looks_find_their_room_empty_when_a_refit_begins():
+    """What the next refit needs is made ready behind the commit of this one."""
+    sim, *_ = two_by_two()
+    raise_any(sim.start())
+    for version in (1, 2, 3):
+        raise_any(sim.refit(version))
+        ledgers = [ledger for s in sim.sessions for ledger in s._agreed.verifier._ledgers]
+        ledgers += [s._agreed.arrivals._ledger for s in sim.sessions if s._agreed.arrivals is not None]
+        assert len(ledgers) == 2 * 2 + 2 and not any(ledger.taken.any() or ledger.read().any() for ledger in ledgers)
