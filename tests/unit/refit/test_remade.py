@@ -19,7 +19,7 @@ from .forked import Forked
 from .simulated import PlainLanding, PlainSource
 from .test_gloo import TABLE, WORLD, model, shard
 
-SESSIONS, SETTLED = 8, 2  # sessions of a process, and those after which nothing may come to stay
+SESSIONS, SETTLED = 6, 2  # sessions of a process, and those after which nothing may come to stay
 
 
 def left() -> dict[str, int]:
@@ -79,6 +79,7 @@ def counted(transport: str, folder: Path) -> dict[int, tuple[list[bool], list[di
     """Rank -> which sessions failed, and what was left after each of the later ones."""
 
     def work(rank: int, port: int) -> None:
+        gc.freeze()  # what the parent has is not looked at
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
         failed, counts = [], []
         for n in range(SESSIONS):
