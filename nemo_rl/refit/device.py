@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ _CLOSELY_S = 2e-4
 """For so long waits look without a pause: a sleep takes longer than what is about to end."""
 
 _SIDE: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of `beside`
-_ALL: dict[torch.device, torch.cuda.Event] = {}  # of `quiesce`
+_ALL: dict[torch.device, tuple[torch.cuda.Event, Any, Any]] = {}  # of `quiesce`: with handles of context and event
 
 
 def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: None) -> None:
@@ -64,29 +65,31 @@ def quiesce(device: torch.device, end: float) -> None:
     what = f"what this process started on {device}"
     if (done := _behind_all(device)) is not None:
         await_event(done, what, end)
-    else:
-        waits = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
-        waits.start()
-        waits.join(max(end - time.monotonic(), 0.0))
-        if waits.is_alive():
-            raise TimeoutError(f"{what} was not done within the deadline")
-    torch.cuda.synchronize(device)  # at once: what was started meanwhile, and what failed
+        return
+    waits = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
+    waits.start()
+    waits.join(max(end - time.monotonic(), 0.0))
+    if waits.is_alive():
+        raise TimeoutError(f"{what} was not done within the deadline")
+    torch.cuda.synchronize(device)  # at once: raises what failed
 
 
 def _behind_all(device: torch.device) -> torch.cuda.Event | None:
     """An event behind what all streams of the context were given; None where the driver has none."""
     from cuda.bindings import driver  # comes with CUDA builds of torch only
 
-    with torch.cuda.device(device):
-        if device not in _ALL:
-            _ALL[device] = torch.cuda.Event()
-            _ALL[device].record()  # makes it
-        try:
-            found, context = driver.cuCtxGetCurrent()
-            (error,) = driver.cuCtxRecordEvent(context, driver.CUevent(_ALL[device].cuda_event))
-        except (AttributeError, RuntimeError):
-            return None  # of before CUDA 12.5
-    return _ALL[device] if int(found) == 0 == int(error) else None
+    if device not in _ALL:
+        with torch.cuda.device(device):
+            event = torch.cuda.Event()
+            event.record()  # makes it
+            _, context = driver.cuCtxGetCurrent()
+        _ALL[device] = event, context, driver.CUevent(event.cuda_event)
+    event, context, handle = _ALL[device]
+    try:
+        (error,) = driver.cuCtxRecordEvent(context, handle)
+    except (AttributeError, RuntimeError):
+        return None  # of before CUDA 12.5
+    return event if int(error) == 0 else None
 
 
 @contextmanager

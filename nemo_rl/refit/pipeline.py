@@ -212,6 +212,9 @@ class Tracker:
 
     def digest_in_place(self) -> None:
         """Read what landed in final storage, once this version writes no more; nothing if all of it was read."""
+        if not self._verify:
+            self._views.clear()
+            return
         for pieces in self._postponed:
             if not pieces.all_taken(self.ledger):
                 pieces.take(self.rows(IN_PLACE), self.ledger)
