@@ -127,8 +127,8 @@ class RefitOptions:
         transport: `auto`, `peer`, `nccl`, `gloo`, `golden` or `broadcast` (the conventional refit).
         bucket_bytes: largest message.
         num_streams: messages in flight per rank and direction; bounds extra memory to
-            `2 * num_streams * bucket_bytes`. `nccl` joins messages to 64 MiB over three lanes or more and takes at most
-            512 MiB for them, beside what NCCL itself takes for a communicator a lane.
+            `2 * num_streams * bucket_bytes`. `nccl` joins messages to 128 MiB over three lanes or more, and takes at
+            most 512 MiB for them beside what NCCL itself takes for a communicator a lane.
         deadline_s: longest that any phase of one refit may take.
         verify: compare digests after every refit.
         verify_against_checkpoint: before the first step, trainers compare what they hold with the checkpoint, and
