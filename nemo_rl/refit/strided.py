@@ -15,6 +15,9 @@ from nemo_rl.refit.plan import CopyTable, RefitPlan
 MAX_PITCH = (1 << 31) - 1
 """Bytes between runs that copy engines accept, at most."""
 
+MOST_RUNS = 1 << 20
+"""Contiguous runs of rows that are compared with each other, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -85,6 +88,22 @@ class Rows:
     def equals(self, other: Rows) -> bool:
         return np.array_equal(self.address, other.address) and np.array_equal(self.strides, other.strides)
 
+    def apart(self, sizes: np.ndarray, item: np.ndarray) -> bool:
+        """Whether no byte belongs to two elements; False too where it takes more than `MOST_RUNS` runs to tell.
+
+        Args:
+            sizes, item: of each row, the sizes of its axes and the bytes of an element.
+        """
+        placed = np.flatnonzero((self.address != 0) & (sizes.prod(axis=1) > 0))
+        strides = map(tuple, self.strides[placed].tolist())
+        keys = zip(map(tuple, sizes[placed].tolist()), strides, item[placed].tolist(), strict=True)
+        forms = tuple(form_of(size, stride, stride, one) for size, stride, one in keys)
+        if sum(form.num_runs for form in forms) > MOST_RUNS:
+            return False
+        starts, lengths = _all_runs(Jobs(self.address[placed], self.address[placed], forms))
+        order = np.argsort(starts)
+        return bool((starts[order][:-1] + lengths[order][:-1] <= starts[order][1:]).all())
+
 
 @dataclass(frozen=True, eq=False)
 class Jobs:
@@ -106,6 +125,18 @@ class Jobs:
         for number, form in enumerate(self.forms):
             groups.setdefault(form, []).append(number)
         return {form: np.array(numbers, np.int64) for form, numbers in groups.items()}
+
+
+def _all_runs(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
+    """Address of the first byte, at the source, and bytes of every run."""
+    starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for form, numbers in jobs.grouped().items():
+        found = jobs.src[numbers]
+        for axis in form.axes:
+            found = (found[:, None] + np.arange(axis.size) * axis.src).reshape(-1)
+        starts.append(found)
+        lengths.append(np.full(len(found), form.run))
+    return np.concatenate(starts), np.concatenate(lengths)
 
 
 def merged(jobs: Jobs, room: np.ndarray) -> Jobs:

@@ -69,7 +69,7 @@ class Grouped:
         self._final: dict[int, bool] = {}  # group -> all of its parcel lands in final storage
         self._parts: dict[tuple[int, int], Part] = {}
         self._landed: list[Parcel] = []  # in final storage, not looked at yet
-        self._proven = False
+        self._proven = self._apart = False
         self._seen: Callable[[int, Region], object] | None = None
 
     def run(
@@ -83,9 +83,11 @@ class Grouped:
         end = time.monotonic() + deadline_s
         moved = self._place(copies, src_view, tracker)
         # The same parcels went where they go before, and what landed was looked at behind the last of them: none writes
-        # where another one lands. From then on each is looked at as soon as it landed.
-        self._proven = self._groups is not None and not moved
+        # where another one lands. From then on each is looked at as soon as it landed, but where rows share memory:
+        # equal bytes hide that one overwrites another.
+        self._proven = self._groups is not None and not moved and self._apart
         if self._groups is None or moved:
+            self._apart = self._lies_apart(copies, tracker)
             self._groups = self._agree(copies, tracker) if self._groups is None else self._groups
             self._fit(copies, self._groups, tracker)
         # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
@@ -139,6 +141,12 @@ class Grouped:
         found: np.ndarray = (copies.dst_rank == self._rank) & ~self._skip
         found[found] = tracker.layout.unit[copies.dst_row[found]] == IN_PLACE
         return found
+
+    def _lies_apart(self, copies: CopyTable, tracker: Tracker | None) -> bool:
+        """Whether no two rows of final storage share a byte."""
+        if tracker is None or not self._lands_in_place(copies, tracker).any():
+            return True
+        return tracker.arrivals.apart(self._in.rows)
 
     def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
         """Tell every source in which order its bytes come, hear it from every destination."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 
-from nemo_rl.refit.device import MULTICAST_OFF
+from nemo_rl.refit.device import MULTICAST_OFF, await_event
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
@@ -122,7 +123,7 @@ class NcclM2n:
             return
         stream = torch.cuda.current_stream(self._device)
         try:
-            within(_CLOSE_S, lambda: self._give_back(comm, stream), "giving back m2n's buffers")
+            within(2 * _CLOSE_S, lambda: self._give_back(comm, stream), "giving back m2n's buffers")
         except Exception as error:  # those of NCCL's packages are of no common kind
             NcclM2n.lost = f"m2n was left in the middle of a call ({error}): start this process again, or use 'nccl'"
             log.warning("%s", NcclM2n.lost)
@@ -130,7 +131,7 @@ class NcclM2n:
     def _give_back(self, comm: Any, stream: torch.cuda.Stream) -> None:
         """The handle first: m2n keeps windows by the communicator's address, which a later one may have again."""
         with torch.cuda.device(self._device):
-            stream.synchronize()
+            await_event(stream.record_event(), f"m2n's work on {self._device}", time.monotonic() + _CLOSE_S)
             self._handle.destroy()
             comm.abort()
 

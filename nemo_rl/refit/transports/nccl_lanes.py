@@ -67,7 +67,7 @@ class NcclLanes:
         self._ahead = torch.cuda.Stream(device, priority=-1)
         try:
             within(deadline_s, lambda: self._connect(size, count), "making NCCL communicators")
-        except TimeoutError:
+        except Exception:
             self.close()
             raise
 

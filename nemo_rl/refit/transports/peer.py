@@ -67,6 +67,7 @@ class Peer:
         self._tried = not (self._memory.puts or self._relay.num_steps)
         self._parts: list[Part] | None = None
         self._proven: tuple[int, Rows] | None = None
+        self._apart: tuple[tuple[int, Rows] | None, bool] = None, True  # rows, and whether no two share a byte
         self._starts: tuple[int, list[Callable[[], None]]] = -1, []
 
     def run(
@@ -194,13 +195,16 @@ class Peer:
 
     def _carry(self, tracker: Tracker | None, end: float) -> None:
         """All steps. Copies into rows that none ran into before are looked at behind the last of them: whether one
-        writes where another one landed shows then, and from then on each step is looked at as soon as it landed."""
+        writes where another one landed shows then, and from then on each step is looked at as soon as it landed. Rows
+        that share memory are always looked at behind the last step: equal bytes hide that one overwrites another."""
         if self._parts is None and tracker is not None:
             self._parts = [tracker.arrivals.part(indices, digested=True) for indices in self._steps()]
         if self._starts[0] != self._windows.changes:
             self._starts = self._windows.changes, [self._prepared(batch) for batch in self._mine]
         into = self._windows.ends.get((self._rank, "landing"))
-        proven, self._proven = into is self._proven, into
+        if tracker is not None and into is not None and into is not self._apart[0]:
+            self._apart = into, tracker.arrivals.apart(into[1])
+        proven, self._proven = into is self._proven and self._apart[1], into
 
         def landed(step: int) -> None:
             assert tracker is not None and self._parts is not None

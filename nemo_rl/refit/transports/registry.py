@@ -77,7 +77,12 @@ def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
 
 
 def _m2n(setting: Setting) -> m2n.M2n:
-    return m2n.M2n(setting, _lanes(setting), m2n.NcclM2n(setting))
+    lanes = _lanes(setting)
+    try:
+        return m2n.M2n(setting, lanes, m2n.NcclM2n(setting))
+    except Exception:
+        lanes.close()
+        raise
 
 
 def _messages(setting: Setting) -> Pipeline:

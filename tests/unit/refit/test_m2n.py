@@ -297,7 +297,8 @@ def nccl_m2n(monkeypatch):
     """`NcclM2n` of rank 2 of 4, over stand-ins for NCCL's packages and CUDA, with what it calls."""
     called = Called()
     monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
-    stream = types.SimpleNamespace(synchronize=lambda: called.append(("synchronize", (), {})))
+    done = types.SimpleNamespace(query=lambda: called.append(("query", (), {})) or "query" not in called.fails)
+    stream = types.SimpleNamespace(record_event=lambda: done)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     monkeypatch.setattr(m2n.NcclM2n, "lost", "")
     library = object.__new__(m2n.NcclM2n)
@@ -323,15 +324,36 @@ def test_windows_are_given_back_before_the_communicator_they_are_kept_by(nccl_m2
     library, called = nccl_m2n
     library.close()
     library.close()
-    assert [name for name, *_ in called] == ["synchronize", "destroy", "abort"] and not m2n.NcclM2n.lost
+    assert [name for name, *_ in called] == ["query", "destroy", "abort"] and not m2n.NcclM2n.lost
 
 
 def test_m2n_that_could_not_be_given_back_is_not_used_again(nccl_m2n, monkeypatch):
     library, called = nccl_m2n
     called.fails = frozenset({"destroy"})
     library.close()
-    assert [name for name, *_ in called] == ["synchronize", "destroy"], "windows may still be read"
+    assert [name for name, *_ in called] == ["query", "destroy"], "windows may still be read"
     monkeypatch.setattr(m2n, "_found", lambda name: True)
     monkeypatch.setattr(m2n, "_nccl_version", lambda: 23007)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
     assert "destroy failed" in m2n.missing() and "start this process again" in m2n.missing()
+
+
+def test_work_that_does_not_end_is_not_waited_for_without_a_limit(nccl_m2n, monkeypatch):
+    library, called = nccl_m2n
+    called.fails = frozenset({"query"})
+    monkeypatch.setattr(m2n, "_CLOSE_S", 0.05)
+    library.close()
+    assert {name for name, *_ in called} == {"query"} and "was not done within the deadline" in m2n.NcclM2n.lost
+
+
+def test_lanes_are_closed_where_m2n_is_refused(monkeypatch):
+    called = Called()
+
+    def refuse(setting):
+        raise OSError("refused")
+
+    monkeypatch.setattr(registry, "_lanes", lambda setting: called)
+    monkeypatch.setattr(m2n, "NcclM2n", refuse)
+    with pytest.raises(OSError, match="refused"):
+        registry.TRANSPORTS["m2n"].mover(None)
+    assert [name for name, *_ in called] == ["close"]

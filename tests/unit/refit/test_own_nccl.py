@@ -171,3 +171,14 @@ def test_communicators_that_were_made_are_aborted_where_another_is_not(lanes_of:
     with pytest.raises(TimeoutError, match="making NCCL communicators"):
         lanes_of(dist.HashStore(), first, second)
     assert first.aborted.is_set() and not second.aborted.is_set()
+
+
+def test_communicators_are_aborted_where_a_later_one_is_refused(lanes_of: Callable[..., NcclLanes]) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("refused")
+
+    first, second = Group(set()), Group(set())
+    second.eager_connect_single_device = refuse  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="refused"):
+        lanes_of(dist.HashStore(), first, second)
+    assert first.aborted.is_set()

@@ -9,20 +9,22 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from nemo_rl.refit import strided
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding
 from nemo_rl.refit.pipeline import Tracker
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.strided import Axis, Form, Jobs, form_of, merged
-from nemo_rl.refit.transports import copy_engine, host_memory, peer
+from nemo_rl.refit.strided import Axis, Form, Jobs, Rows, form_of, merged
+from nemo_rl.refit.transports import carry, copy_engine, grouped, host_memory, parcels, peer, registry
 from nemo_rl.refit.transports.host_memory import HostMemory
-from nemo_rl.refit.transports.mover import Fact
+from nemo_rl.refit.transports.mover import Fact, Transport
 from nemo_rl.refit.verify import Verifier, Watch
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -304,6 +306,51 @@ def test_a_batch_that_writes_where_an_earlier_one_landed_is_caught():
     assert next(number) == 2, "two batches"
     assert isinstance(results[2], VerificationError) and "4 pieces differ" in str(results[2])
     assert landing.version == -1 and landing.rejected
+
+
+def test_rows_that_interleave_are_apart(monkeypatch):
+    """Halves of stacked matrices, columns, scalars; a byte that two rows share, an expanded row, and too many runs."""
+    base = torch.zeros(3, 4, 5, dtype=torch.int16)
+
+    def apart(*views):
+        address, strides = [v.data_ptr() for v in views], [[2 * s for s in v.stride()] for v in views]
+        rows = Rows(np.array(address, np.int64), np.array(strides, np.int64))
+        return rows.apart(np.array([v.shape for v in views], np.int64), np.full(len(views), 2, np.int64))
+
+    assert apart(base[:, :2], base[:, 2:]) and apart(base[..., :3], base[..., 3:]) and apart(base.mT)
+    assert apart(base[:0], base) and not apart(base, base[2:, 3:, 4:])
+    assert not apart(base[:, :3], base[:, 2:]) and not apart(base[:1].expand(3, 4, 5))
+    monkeypatch.setattr(strided, "MOST_RUNS", 5)
+    assert not apart(base[:, :2], base[:, 2:]) and apart(base)
+
+
+@pytest.mark.parametrize("transport", ["peer", "nccl"])
+def test_rows_that_share_memory_are_looked_at_in_the_end(transport, monkeypatch):
+    """Also where both had the same bytes in all refits before: each is right as soon as it landed."""
+    monkeypatch.setattr(carry, "_MOST_RUNNING", 1)
+    monkeypatch.setattr(HostMemory, "step_bytes", 1536)
+    monkeypatch.setattr(HostMemory, "mark", lambda self: partial(next, iter([False]), True))  # as if it took time
+    monkeypatch.setattr(grouped, "DIGEST_BYTES", 1)
+    monkeypatch.setattr(grouped, "SLOTS_AHEAD", -2)
+    monkeypatch.setattr(parcels, "PARCEL_BYTES", 1536)
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    table = make_table({f"layers.{i}": ((6, 64), torch.float32) for i in range(4)})
+    generator = torch.Generator().manual_seed(5)
+    full = {f: random_bytes(m.shape, m.dtype, generator) for f, m in table.items()}
+    full["layers.0"] = full["layers.2"].clone()
+    rows = [(f, Region.whole(m.shape)) for f, m in table.items()]
+    source, landing = PlainSource.of(full, table, rows), PlainLanding(rows)
+    sim = SimulatedWorld([source], [landing], RefitOptions(transport=transport, deadline_s=5, bucket_bytes=1536))
+    raise_any(sim.start())
+    landing.storage[2] = landing.storage[0]
+    for version in range(2):
+        landing.scramble()
+        raise_any(sim.refit(version))
+    full["layers.0"] = random_bytes((6, 64), torch.float32, generator)
+    source.load(full)
+    error = sim.refit(2)[1]
+    assert isinstance(error, VerificationError) and "layers.0 [0:6, 0:64]" in str(error)
+    assert landing.version == 1 and landing.rejected
 
 
 @pytest.mark.parametrize("puts", [False, True])
