@@ -105,6 +105,17 @@ def agree(control: Control, mine: Mapping[str, Any]) -> None:
         _refuse(control, mine)
 
 
+def agree_still(rank: int, prepared: int | None, num_steps: int | None) -> None:
+    """Weights are still those that ranks agreed on when they prepared. Raises AgreementError."""
+    if num_steps not in (None, prepared):
+        raise AgreementError(
+            f"these weights took {num_steps} optimizer steps, and {prepared} when the refit was prepared",
+            rank=rank,
+            phase="agree",
+            remedy="train behind the refit, or prepare it again on all ranks as another version",
+        )
+
+
 def _word(value: Any) -> int:
     """What stands for a value where ranks compare; 0 where there is none."""
     return 0 if value is None else _digest(value)

@@ -12,7 +12,7 @@ import torch
 from nemo_rl.refit.agreed import Agreed, agree_on
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
-from nemo_rl.refit.declare import Declared, agree, share_declarations, share_sources
+from nemo_rl.refit.declare import Declared, agree, agree_still, share_declarations, share_sources
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
@@ -75,7 +75,7 @@ class RefitSession:
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.
         self._data_s = 0.9 * options.deadline_s
         self._touched = False
-        self._prepared: tuple[int, Ledger | None] | None = None
+        self._prepared: tuple[int, int | None, Ledger | None] | None = None
         self._phase_s: dict[str, float] = {}
         self._control: Control | None = None
         self._link_or_none: Link | None = None
@@ -167,7 +167,7 @@ class RefitSession:
             said = {"plan digest": self._agreed.plan.digest, "version": version, "optimizer steps": num_steps}
             agree(self._link.control, said)
         with self._guarded("digest"):
-            self._prepared = version, self._look()
+            self._prepared = version, num_steps, self._look()
         return dict(self._phase_s)
 
     def refit(self, version: int, num_steps: int | None = None) -> RefitReport:
@@ -189,8 +189,9 @@ class RefitSession:
         if self._prepared is None or self._prepared[0] != version:
             self.prepare(version, num_steps)
         assert self._prepared is not None
-        (_, first), self._prepared = self._prepared, None
+        (_, steps, first), self._prepared = self._prepared, None
         with self._guarded("begin"):
+            agree_still(self.rank, steps, num_steps)
             self._begin(version)
             self._agreed.lane.begin(self._src_view, self._data_s)
         with self._guarded("transfer"):

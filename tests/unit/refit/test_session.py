@@ -391,3 +391,20 @@ def test_a_part_of_the_model_is_a_refit_of_its_own():
     assert "kept by generators: 2 (base.b, ...): frozen under adapters" in text
     assert "unused: 1 (lora.b): no generator's loader reads it" in text
     assert reports[1].bulk_bytes == table["lora.a"].num_bytes
+
+
+@pytest.mark.parametrize("steps", [4, None])
+def test_a_trainer_that_trains_between_preparing_and_refitting_is_named(steps):
+    """Without digests, too: nothing else would show that one half of the model is a step older."""
+    table = make_table({"a": ((4, 3), torch.float32), "b": ((4, 3), torch.float32)})
+    full, rows = full_model(table, 1), [(f, WHOLE(m.shape)) for f, m in table.items()]
+    sources, landing = [PlainSource.of(full, table, [row]) for row in rows], PlainLanding(rows)
+    sim = SimulatedWorld(sources, [landing], RefitOptions(deadline_s=5, verify=False))
+    raise_any(sim.start())
+    raise_any(sim.all(lambda s: s.prepare(0, 3 if s.rank < 2 else None)))
+    results = sim.all(lambda s: s.refit(0, {0: 3, 1: steps}.get(s.rank)))
+    if steps is None:  # says nothing of steps
+        raise_any(results)
+    else:
+        assert isinstance(results[1], AgreementError) and "took 4 optimizer steps, and 3 when" in str(results[1])
+        assert all(isinstance(r, RefitError) for r in results.values()) and landing.version == -1
