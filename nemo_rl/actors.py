@@ -159,9 +159,7 @@ class RefitGroup:
         self._trainers, self._generators, self._topology = trainers, generators, topology
         self._options = options
         self._world = World.of(topology.num_trainers, topology.num_generators)
-        host = ray.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        self._address = (host, self._store.port)
+        self._stores: list[TCPStore] = []  # of earlier sessions too, which may still ask theirs
 
     @property
     def _limit_s(self) -> float:
@@ -169,8 +167,13 @@ class RefitGroup:
         return self._options.deadline_s * 2 + 10
 
     def connect(self) -> str:
-        """Connect all ranks, then declare, plan and agree. Returns the plan, described."""
-        arguments = (self._world, self._address, self._options)
+        """Connect all ranks, then declare, plan and agree. Returns the plan, described.
+
+        Every time over a store of its own: an earlier one keeps what sessions wrote, that they failed included.
+        """
+        host = ray.util.get_node_ip_address()
+        self._stores.append(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        arguments = (self._world, (host, self._stores[-1].port), self._options)
         calls = [(a, a.handle.refit_connect.remote(*arguments)) for a in self._trainers]
         for replica, actor in enumerate(self._generators):
             calls.append((actor, actor.handle.refit_connect.remote(self._topology.first_rank(replica), *arguments)))

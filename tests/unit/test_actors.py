@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
-from nemo_rl.actors import in_flight, summarize_reports
+import pytest
+from torch.distributed import TCPStore
+
+from nemo_rl import actors
+from nemo_rl.actors import RefitGroup, in_flight, summarize_reports
 from nemo_rl.cluster import ClusterError
-from nemo_rl.refit.base import RefitReport
+from nemo_rl.refit.base import RefitOptions, RefitReport
 from nemo_rl.schema import AsyncGrpoConfig, Config, GrpoConfig
 
 
@@ -29,6 +34,24 @@ def test_reports_of_different_refits_are_refused() -> None:
     for other in (report(version=3), report(transport="gloo")):
         with pytest.raises(ClusterError, match="ranks report different refits"):
             summarize_reports([report(), other], 1, 1.0)
+
+
+def test_sessions_that_are_made_again_find_nothing_of_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores: list[TCPStore] = []
+    handle = SimpleNamespace(
+        refit_connect=SimpleNamespace(remote=lambda *said: stores.append(TCPStore(*said[-2], is_master=False))),
+        refit_plan=SimpleNamespace(remote=lambda: None),
+    )
+    monkeypatch.setattr(actors, "wait_all", lambda calls, *_: ["plan"])
+    monkeypatch.setattr(actors.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    ends: Any = [SimpleNamespace(handle=handle)]
+    topology: Any = SimpleNamespace(num_trainers=1, num_generators=1, first_rank=lambda replica: 1)
+    group = RefitGroup(ends, ends, topology, RefitOptions())
+    group.connect()
+    stores[0].set("abort", "a rank failed")
+    assert stores[1].check(["abort"])
+    group.connect()
+    assert stores[1].check(["abort"]) and not stores[2].check(["abort"]) and not stores[3].check(["abort"])
 
 
 @pytest.mark.parametrize(
