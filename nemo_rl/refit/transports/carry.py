@@ -19,7 +19,7 @@ class Carrier:
     """One rank's part in a schedule.
 
     A mover counts on the board, in the lane of each taker, the steps that are done as far as it is concerned, over all
-    refits. A step landed where all movers to its taker have counted it.
+    refits. A step landed where all that move a batch of it have counted it, however far others are.
 
     Args:
         board: with a lane for each rank.
@@ -36,7 +36,12 @@ class Carrier:
         self._refits = 0
         self._waiting: deque[int] = deque()
         self._running: deque[tuple[int, Done]] = deque()
-        self._landed = 0
+        self._movers_of = [
+            {schedule.mover(b) for b in schedule.batches if (b.taker, b.step) == (rank, step)}
+            for step in range(schedule.num_steps.get(rank, 0))
+        ]
+        self._left: list[int] = []  # steps that are to land here
+        self._counted: dict[int, int] = {}  # mover -> steps, when it was looked last
 
     def run(
         self,
@@ -51,7 +56,7 @@ class Carrier:
         Args:
             starts: start the batches that this rank moves, one each, in their order.
             mark: what tells whether all that was started before is done.
-            landed: called with the number of each step that landed here, in order.
+            landed: called with the number of each step that landed here, once each; those of one mover in order.
             idle: called between two batches and while there is nothing else to do.
             end: deadline (monotonic).
 
@@ -59,7 +64,7 @@ class Carrier:
             TransferError: a rank ended or did not move its part in time, by name.
             RefitError: another rank reported a failure; its text.
         """
-        self._waiting, self._landed = deque(range(len(self._mine))), 0
+        self._waiting, self._left, self._counted = deque(range(len(self._mine))), [*range(len(self._movers_of))], {}
         for taker in {batch.taker for batch in self._mine}:
             first = next(batch.step for batch in self._mine if batch.taker == taker)
             self._board.post(self._first(taker) + first, taker)
@@ -95,8 +100,7 @@ class Carrier:
 
     @property
     def _last_step_left(self) -> bool:
-        landing = self._schedule.num_steps.get(self._rank, 0) - self._landed
-        return not self._waiting and len(self._running) <= 1 and landing <= 1
+        return not self._waiting and len(self._running) <= 1 and len(self._left) <= 1
 
     def _start(self, starts: Sequence[Callable[[], None]], mark: Callable[[], Done], idle: Callable[[], None]) -> None:
         """Whatever the givers of the next batches have; batches keep their order."""
@@ -117,16 +121,23 @@ class Carrier:
             self._board.post(self._first(taker) + self._after[number], taker)
 
     def _take(self, landed: Callable[[int], None]) -> None:
-        if self._rank in self._movers:
-            while self._landed < self._seen(self._rank):
-                landed(self._landed)
-                self._landed += 1
+        if not self._left:
+            return
+        first = self._first(self._rank)
+        counted = {mover: self._board.seen(mover, self._rank) - first for mover in self._movers[self._rank]}
+        if counted == self._counted:
+            return
+        self._counted = counted
+        there = [step for step in self._left if all(counted[mover] > step for mover in self._movers_of[step])]
+        for step in there:
+            landed(step)
+            self._left.remove(step)
 
     def _first(self, taker: int) -> int:
         return self._refits * self._schedule.num_steps[taker]
 
     def _seen(self, taker: int) -> int:
-        """Steps of this refit that landed in `taker`."""
+        """Steps of this refit that landed in `taker` with all before them."""
         counts = [self._board.seen(mover, taker) for mover in self._movers[taker]]
         return min(min(counts) - self._first(taker), self._schedule.num_steps[taker])
 

@@ -206,10 +206,14 @@ class Peer:
             self._apart = into, tracker.arrivals.apart(into[1])
         proven, self._proven = into is self._proven and self._apart[1], into
 
+        left = len(self._parts or ())
+
         def landed(step: int) -> None:
+            nonlocal left
             assert tracker is not None and self._parts is not None
             tracker.arrived(self._parts[step], proven)
-            if proven and step + 1 == len(self._parts):
+            left -= 1
+            if proven and not left:
                 tracker.ledger.fetch()
 
         try:

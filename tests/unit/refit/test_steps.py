@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from nemo_rl.refit.transports import carry
 from nemo_rl.refit.transports.carry import Carrier
 from nemo_rl.refit.transports.peer import _staged
 from nemo_rl.refit.transports.steps import MOST_STEPS, Schedule, _cut
@@ -102,7 +105,7 @@ def test_only_the_last_steps_are_smaller():
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize(("args", "kwargs"), CASES)
-def test_all_steps_land_in_order_refit_after_refit(args, kwargs, written):
+def test_all_steps_land_once_those_of_a_mover_in_order_refit_after_refit(args, kwargs, written):
     """Carriers of all ranks on one thread, in turns; a giver that forwards has what it gives."""
     plan, _, _, schedule = schedules(written, *args, **kwargs)
     counters, ranks = Counters(), range(plan.world.size)
@@ -124,10 +127,16 @@ def test_all_steps_land_in_order_refit_after_refit(args, kwargs, written):
             carriers[rank].run(starts, lambda: lambda: True, landed[rank].append, lambda: None, end)
 
         together([lambda rank=rank: refit(rank) for rank in ranks])
-        assert landed == {rank: list(range(schedule.num_steps.get(rank, 0))) for rank in ranks}
+        for rank in ranks:
+            assert sorted(landed[rank]) == list(range(schedule.num_steps.get(rank, 0)))
+            for mover in schedule.movers_to(rank):
+                own = {b.step for b in schedule.batches if b.taker == rank and schedule.mover(b) == mover}
+                steps = [step for step in landed[rank] if step in own]
+                assert steps == sorted(steps)
 
 
 def test_a_taker_waits_for_all_of_its_movers():
+    """What the others move is looked at meanwhile, as soon as it landed."""
     plan, _, _, schedule = schedules(True, 2, 1, 2, 1)
     counters, landed = Counters(), []
     assert schedule.movers_to(2) == [0, 1]
@@ -140,7 +149,8 @@ def test_a_taker_waits_for_all_of_its_movers():
     refit(0)
     with pytest.raises(TimeoutError):
         refit(2)
-    assert not landed
+    assert landed == [b.step for b in schedule.batches if (b.giver, b.taker) == (0, 2)] and landed
+    assert len(landed) < schedule.num_steps[2]
 
 
 def test_what_is_said_at_the_last_moment_lands_too():
@@ -196,8 +206,10 @@ def test_the_end_of_the_last_step_is_looked_for_without_a_pause():
     assert counters.seen(0, 1) == schedule.num_steps[1]
 
 
-def test_looks_without_a_pause_end():
+def test_looks_without_a_pause_end(monkeypatch):
     """A last step that takes long costs others little of the processor."""
+    ticks = itertools.count()
+    monkeypatch.setattr(carry, "time", SimpleNamespace(monotonic=lambda: 1e-5 * next(ticks)))
     _, _, _, schedule = schedules(True, 1, 1, 1, 1)
     counters, looks = Counters(), []
     counters.of(0).post(schedule.num_steps[1] - 1, 1)
@@ -211,5 +223,29 @@ def test_looks_without_a_pause_end():
 
     board.until, turns = until, []
     carrier = Carrier(board, schedule, 1)
-    carrier.run([], lambda: lambda: True, lambda step: None, lambda: looks.append(time.monotonic()), 0.0)
+    carrier.run([], lambda: lambda: True, lambda step: None, lambda: looks.append(1), 0.0)
     assert max(turns) > 1 and set(turns[-100:]) == {1}
+
+
+def test_a_step_that_several_move_lands_when_all_have_counted_it():
+    """Each mover alone, then both: the forwarder's and the source's part of one step."""
+    plan, _, _, schedule = schedules(True, 2, 1, 2, 3)
+    taker, step, movers = next(
+        (b.taker, b.step, {schedule.mover(c) for c in schedule.batches if (c.taker, c.step) == (b.taker, b.step)})
+        for b in schedule.batches
+        if len({schedule.mover(c) for c in schedule.batches if (c.taker, c.step) == (b.taker, b.step)}) > 1
+    )
+    counters, landed = Counters(), []
+
+    def look():
+        with pytest.raises(TimeoutError):
+            carrier = Carrier(counters.of(taker), schedule, taker)
+            starts = [lambda: None for _ in schedule.moved_by(taker)]
+            carrier.run(starts, lambda: lambda: False, landed.append, lambda: None, time.monotonic() + 0.05)
+
+    for mover in sorted(movers):
+        look()
+        assert step not in landed
+        counters.of(mover).post(step + 1, taker)
+    look()
+    assert step in landed
