@@ -179,10 +179,15 @@ class Layout:
         return self.names[int(self.tensor[row])]
 
     @cached_property
+    def item_bytes(self) -> np.ndarray:
+        """Of each row, bytes of an element."""
+        item: np.ndarray = np.array([m.dtype.itemsize for m in self.metas], np.int64)[self.tensor]
+        return item
+
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes that the rank holds."""
-        item = np.array([m.dtype.itemsize for m in self.metas], np.int64)
-        return int((self.sizes.prod(axis=1) * item[self.tensor]).sum()) if len(self) else 0
+        return int((self.sizes.prod(axis=1) * self.item_bytes).sum()) if len(self) else 0
 
     def to_bytes(self) -> bytes:
         """Wire form; equal layouts have equal bytes."""

@@ -16,7 +16,6 @@ from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.strided import Rows
 from nemo_rl.refit.transports.base import Channel, Pending, as_bytes
 
 IN_PLACE = -1
@@ -98,12 +97,6 @@ class Arrivals:
         """Nobody reads the digests of this refit any more: the next one finds room for its own."""
         if self._ledger is not None:
             self._ledger.clear()
-
-    def apart(self, rows: Rows) -> bool:
-        """See `Rows.apart`, of the destination rows."""
-        layout = self.layout
-        item = np.array([meta.dtype.itemsize for meta in layout.metas], np.int64)
-        return rows.apart(layout.sizes, item[layout.tensor])
 
     def pieces(self, unit: int) -> Pieces:
         """What lands in `unit`, numbered by its place in `mine`; one object for what lands in place."""

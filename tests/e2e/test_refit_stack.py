@@ -22,17 +22,11 @@ from nemo_rl.grpo.types import RolloutBatch
 from nemo_rl.schema import Config
 from nemo_rl.topology import topology_of
 
+from ..golden.families import FP8_CACHE
 from ..unit.trainer.models import make_config, make_model
 
 BASE = Path(__file__).parents[2] / "examples" / "configs" / "grpo_qwen3_tiny_cpu.yaml"
 PROMPTS = [[5, 9, 3, 77], [1], [90, 91, 92, 93, 94, 95, 96, 97, 98]]
-FP8_CACHE = {
-    "quant_method": "compressed-tensors",
-    "format": "dense",
-    "config_groups": {},
-    "ignore": [],
-    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
-}
 DENSE = ["policy.megatron_cfg.tensor_model_parallel_size=2"]
 CACHE = [*DENSE, "policy.generation.vllm_cfg.kv_cache_dtype=fp8"]
 MOE = [

@@ -124,7 +124,7 @@ _FP8_BLOCKS: Config = {
     "weight_block_size": [_BLOCK, _BLOCK],
     "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(3))],
 }
-_FP8_CACHE: Config = {
+FP8_CACHE: Config = {
     "quant_method": "compressed-tensors",
     "format": "dense",
     "config_groups": {},
@@ -151,7 +151,7 @@ CONFIGS: Mapping[str, Config] = {
         "moe_intermediate_size": 256,
         "quantization_config": _FP8_BLOCKS,
     },
-    "fp8_kv_scales": {**_QWEN3, "quantization_config": _FP8_CACHE},
+    "fp8_kv_scales": {**_QWEN3, "quantization_config": FP8_CACHE},
 }
 """Family -> its `config.json`."""
 

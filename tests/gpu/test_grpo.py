@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.golden.families import FP8_CACHE
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.gpu(1),
@@ -31,13 +33,6 @@ SMALL += ["data.min_items=1", "data.max_items=3", "start_model.warmup_steps=100"
 MOE = ["start_model.num_experts=8", "start_model.moe_intermediate_size=128"]
 GRAPHS = ["policy.generation.vllm_cfg.enforce_eager=false"]
 LIMIT_S, STOP_S = 280, 20
-FP8_CACHE = {
-    "quant_method": "compressed-tensors",
-    "format": "dense",
-    "config_groups": {},
-    "ignore": [],
-    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
-}
 
 
 def run(config: str, folder: Path, *overrides: str, steps: int = 3) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ class Grouped:
         """Whether no two rows of final storage share a byte."""
         if tracker is None or not self._lands_in_place(copies, tracker).any():
             return True
-        return tracker.arrivals.apart(self._in.rows)
+        return self._in.rows.apart(tracker.layout.sizes, tracker.layout.item_bytes)
 
     def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
         """Tell every source in which order its bytes come, hear it from every destination."""

@@ -203,7 +203,7 @@ class Peer:
             self._starts = self._windows.changes, [self._prepared(batch) for batch in self._mine]
         into = self._windows.ends.get((self._rank, "landing"))
         if tracker is not None and into is not None and into is not self._apart[0]:
-            self._apart = into, tracker.arrivals.apart(into[1])
+            self._apart = into, into[1].apart(tracker.layout.sizes, tracker.layout.item_bytes)
         proven, self._proven = into is self._proven and self._apart[1], into
 
         left = len(self._parts or ())
