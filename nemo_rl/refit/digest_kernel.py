@@ -50,7 +50,7 @@ class KernelBatch:
 
 @triton.jit
 def _weights(index, seed):  # type: ignore[no-untyped-def]
-    """`axis_weight` of `index` along the axis of `seed`; 1 where there is no axis."""
+    """`odd_weights` of `index` along the axis of `seed`; 1 where there is no axis."""
     z = (index + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + seed.to(tl.uint64)
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
