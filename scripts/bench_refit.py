@@ -42,6 +42,7 @@ import torch.distributed as dist  # noqa: E402
 from nemo_rl.refit.device import MULTICAST_OFF  # noqa: E402
 from nemo_rl.trainer.model import Parallel, check_layout  # noqa: E402
 from scripts.bench.cases import CASES, LINKS, MODELS, NO_VERIFY, SMALL, Case, Engines  # noqa: E402
+from scripts.bench.machine import only  # noqa: E402
 from scripts.bench.rank import Rank  # noqa: E402
 from scripts.bench.rows import error_row, finished, is_probe  # noqa: E402
 
@@ -238,7 +239,7 @@ class Run:
     def start(self, rank: int, device: int, port: int) -> subprocess.Popen[bytes]:
         environ = dict(os.environ, PYTHONUNBUFFERED="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0", **MULTICAST_OFF)
         if self.options.device == "cuda":
-            environ["CUDA_VISIBLE_DEVICES"] = str(device)
+            environ["CUDA_VISIBLE_DEVICES"] = only(device)
         else:
             environ.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, __file__, *sys.argv[1:], "--device", self.options.device]

@@ -45,7 +45,8 @@ class VllmEngine:
         self._adapter: Any = None
         if config.adapter is not None:
             (self._adapter, *_) = self._llm.collective_rpc("serve_adapter", args=(config.adapter,))
-        self._stepper, self._gate = Stepper(self._llm, self._adapter), Gate(config.deadline_s)
+        self._stepper = Stepper(self._llm, config.max_num_seqs, self._adapter)
+        self._gate = Gate(config.deadline_s)
         self._shared_files = tuple(f for f in sorted(mapped_shared_memory() - before) if made_since(f, started))
 
     @property

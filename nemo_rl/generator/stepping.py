@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,11 +36,15 @@ class Stepper:
 
     A request is salted with the version that it was added under. The salt is part of a cached block's key: what
     requests of other versions computed is never found.
+
+    Args:
+        room: requests that the engine runs at once. The others wait here, so that only few, however many were asked
+            for, must start anew when weights come.
     """
 
-    def __init__(self, llm: Any, lora_request: Any = None) -> None:
+    def __init__(self, llm: Any, room: int, lora_request: Any = None) -> None:
         self._engine: Any = llm.llm_engine
-        self._lora_request = lora_request
+        self._room, self._lora_request = room, lora_request
         self._numbers = itertools.count()
         self._growing: dict[str, Growing] = {}
 
@@ -57,12 +62,11 @@ class Stepper:
             RuntimeError: the engine lost requests or gave one up; those that have not ended are still there.
         """
         asked = [[Growing(list(prompt), one) for one in some] for prompt, some in zip(prompts, params, strict=True)]
-        for samples in asked:
+        waiting = deque(growing for samples in asked for growing in samples)
+        while waiting or self._growing:
             with weights() as version:
-                for growing in samples:
-                    self._add(growing, version)
-        while self._growing:
-            with weights() as version:
+                while waiting and self.num_running < self._room:
+                    self._add(waiting.popleft(), version)
                 if self._growing:  # a refit that came first may have taken in the last tokens
                     self.step(version)
         return asked

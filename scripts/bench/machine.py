@@ -1,8 +1,9 @@
-"""Where a result was measured."""
+"""Where a result was measured, and on which of its devices."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,12 @@ import torch
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("vllm", "nccl-extensions", "nccl4py", "checkpoint-engine", "triton", "cuda-bindings")
+
+
+def only(device: int) -> str:
+    """`CUDA_VISIBLE_DEVICES` of a child process that is to see nothing but device `device` of this one."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[device] if seen else str(device)
 
 
 def _nccl() -> str:

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scripts.bench.machine import only
+
 pytestmark = pytest.mark.gpu(1)
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ class Ranks:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def start(self, rank: int, *more: str) -> subprocess.Popen[bytes]:
-        seen = str(rank % max(torch.cuda.device_count(), 1))
+        seen = only(rank % count) if (count := torch.cuda.device_count()) else ""
         environ = dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES=seen, OMP_NUM_THREADS="1", **SAFE)
         command = [sys.executable, "-m", "tests.gpu.fault_rank", "--rank", str(rank), "--port", str(self._port)]
         command += [*self._arguments, "--device", self.device, *more]

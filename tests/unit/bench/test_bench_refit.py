@@ -14,6 +14,7 @@ import pytest
 
 from scripts import bench_refit
 from scripts.bench.cases import CASES, LINKS, SMALL
+from scripts.bench.machine import only
 
 ROOT = Path(__file__).parents[3]
 TINY = ("--small", "--trainers", "1", "--generators", "1", "--layers", "1", "--repeat", "1")
@@ -118,6 +119,13 @@ def test_processes_that_die_are_started_anew_for_what_is_left(run: bench_refit.R
 def test_versions_of_all_starts_are_told() -> None:
     said = bench_refit.joined([{"nccl": "1", "torch": "2"}, {"nccl": "3", "torch": "2", "vllm": "4"}])
     assert said == {"nccl": "1 and 3", "torch": "2", "vllm": "4"}
+
+
+def test_a_rank_sees_one_of_the_devices_that_the_driver_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [only(0), only(1)] == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [only(0), only(1)] == ["0", "1"]
 
 
 # ---- which cases
