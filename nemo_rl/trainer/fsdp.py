@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nemo_rl.refit.dtensor import holdings_of, shard_regions
 from nemo_rl.refit.layout import Holding, TensorMeta, TensorTable, natural_order
 from nemo_rl.refit.region import Region
-from nemo_rl.trainer.places import Live, Places, live_tensors
+from nemo_rl.trainer.places import Places
 from nemo_rl.trainer.simulated import SimulatedTrainer
 
 Shape = tuple[int, ...]
@@ -80,11 +80,21 @@ def _apart(fqn: str, held: Region, slabs: list[_Slab]) -> Iterator[tuple[str, Re
                 yield _expert_name(fqn, expert, slab), region, common
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a module has: tensors that travel, those that do not with the reason, and what this rank holds."""
+
+    table: TensorTable
+    unused: dict[str, str]
+    holdings: list[Holding]
+
+
 class FsdpSource:
     """The trainer's side of a refit; see `nemo_rl.refit.base.Source`.
 
     Make it after `fully_shard` (or after parameters were made DTensors) and while the module is sharded. Optimizers
-    update local shards in place, so that holdings stay valid; shards that were given other storage are found again.
+    update local shards in place, so that holdings stay valid; tensors that were replaced or given other storage are
+    found again.
     """
 
     def __init__(
@@ -106,50 +116,62 @@ class FsdpSource:
         Raises:
             ValueError: the module is gathered and not sharded, or experts come in an unknown form; by name.
         """
-        self._unused: dict[str, str] = {}
-        self._table: TensorTable = {}
-        self._exports: list[tuple[str, Live, list[_Slab]]] = []
-        live = dict(live_tensors(module))
-        for name, tensor in self._exported(module, adapters_only, not_generated_from):
-            fqn = _plain_name(rename(name))
-            slabs = [] if stacked_experts else _slabs(fqn, tuple(tensor.shape))
-            self._exports.append((fqn, live[name], slabs))
-            self._table |= _apart_table(fqn, TensorMeta(tuple(tensor.shape), tensor.dtype), slabs)
-        self._find()
-        self._table = {fqn: self._table[fqn] for fqn in natural_order(self._table)}
+        self._module, self._adapters_only, self._left_out = module, adapters_only, not_generated_from
+        self._rename, self._stacked = rename, stacked_experts
+        self._sharded = any(isinstance(p, DTensor) for p in module.parameters())
+        self._found, self._places = self._find(), Places([module])
 
     def table(self) -> TensorTable:
         """Every exported tensor of the whole model, held by this rank or not."""
-        return dict(self._table)
+        return dict(self._found.table)
 
     def holdings(self) -> list[Holding]:
-        """Live views of this rank's shards."""
+        """Live views of this rank's shards.
+
+        Raises:
+            ValueError: the module was gathered, or is another one than before: a tensor that it had or has, by name.
+        """
         if self._places.moved:
-            self._find()
-        return list(self._holdings)
+            found = self._find()
+            _check_same(self._found, found)
+            self._found, self._places = found, Places([self._module])
+        return list(self._found.holdings)
 
     def unused(self) -> Mapping[str, str]:
         """Tensors of the module that are not exported, with the reason."""
-        return dict(self._unused)
+        return dict(self._found.unused)
 
-    def _exported(
-        self, module: torch.nn.Module, adapters_only: bool, not_generated_from: tuple[str, ...]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _find(self) -> _Found:
+        found = _Found({}, {}, [])
+        for name, tensor in self._exported(found.unused):
+            fqn = _plain_name(self._rename(name))
+            slabs = [] if self._stacked else _slabs(fqn, tuple(tensor.shape))
+            found.holdings.extend(_held(fqn, tensor, slabs))
+            found.table.update(_apart_table(fqn, TensorMeta(tuple(tensor.shape), tensor.dtype), slabs))
+        return replace(found, table={fqn: found.table[fqn] for fqn in natural_order(found.table)})
+
+    def _exported(self, unused: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """By name; the others go to `unused`."""
         first: dict[int, str] = {}
-        for name, tensor in _tensors(module):
+        for name, tensor in _tensors(self._module, self._sharded):
             original = first.setdefault(id(tensor), name)
             if original != name:
-                self._unused[name] = f"tied to {original}"
-            elif name.startswith(not_generated_from) and not_generated_from:
-                self._unused[name] = "not generated from"
-            elif adapters_only and not tensor.requires_grad:
-                self._unused[name] = "frozen: adapters alone are trained"
+                unused[name] = f"tied to {original}"
+            elif name.startswith(self._left_out) and self._left_out:
+                unused[name] = "not generated from"
+            elif self._adapters_only and not tensor.requires_grad:
+                unused[name] = "frozen: adapters alone are trained"
             else:
                 yield name, tensor
 
-    def _find(self) -> None:
-        self._holdings = [holding for fqn, live, slabs in self._exports for holding in _held(fqn, live(), slabs)]
-        self._places = Places(live for _, live, _ in self._exports)
+
+def _check_same(before: _Found, after: _Found) -> None:
+    """Raises ValueError naming the first tensor that is another one or unused for another reason."""
+    told: list[dict[str, object]] = [{**found.table, **found.unused} for found in (before, after)]
+    for name in natural_order({**told[0], **told[1]}):
+        was, now = (said.get(name, "not there") for said in told)
+        if was != now:
+            raise ValueError(f"{name} was {was} when this source was made, and is {now}; make a new source and session")
 
 
 def _held(fqn: str, tensor: torch.Tensor, slabs: list[_Slab]) -> Iterator[Holding]:
@@ -162,15 +184,15 @@ def _held(fqn: str, tensor: torch.Tensor, slabs: list[_Slab]) -> Iterator[Holdin
                 yield Holding(name, region, view)
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones under each of their names, and persistent buffers.
+def _tensors(module: torch.nn.Module, sharded: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, tied ones under each of their names, and persistent buffers; `sharded` ones are all DTensors.
 
     Raises:
-        ValueError: some parameters are DTensors and some are not: the module is gathered.
+        ValueError: some parameters of them are not: the module is gathered.
     """
     parameters = list(module.named_parameters(remove_duplicate=False))
     plain = [name for name, p in parameters if not isinstance(p, DTensor)]
-    if plain and len(plain) < len(parameters):
+    if plain and sharded:
         raise ValueError(
             f"{len(plain)} of {len(parameters)} parameters are no DTensors, the first {plain[0]}: the module is "
             f"gathered or sharded in part; shard all of it and call reshard() on it before"

@@ -13,7 +13,7 @@ from nemo_rl.refit.layout import Holding, TensorTable
 from nemo_rl.refit.region import Region
 from nemo_rl.trainer import families
 from nemo_rl.trainer.cpu import megatron_on_cpu
-from nemo_rl.trainer.places import Places, live_tensors
+from nemo_rl.trainer.places import Places
 from nemo_rl.trainer.shape import ModelShape
 
 
@@ -22,8 +22,8 @@ class MegatronSource:
 
     Make it when Megatron's DDP and optimizer exist: both may move parameters into buffers of their own. From then on
     they update parameters in place, so that holdings stay valid over optimizer steps; where parameters or buffers were
-    given other storage, such as on their way to the CPU and back, Megatron is asked again. A router's bias, which its
-    mixed-precision wrapper rounds, is brought back to float32 by asking for its state.
+    replaced or given other storage, such as on their way to the CPU and back, Megatron is asked again. A router's bias,
+    which its mixed-precision wrapper rounds, is brought back to float32 by asking for its state.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape, dtype: torch.dtype) -> None:
@@ -41,7 +41,7 @@ class MegatronSource:
 
     def _find(self) -> None:
         self._holdings, self._unused = _derive(self._chunks, self._shape, self._dtype)
-        self._places = Places(live for chunk in self._chunks for _, live in live_tensors(chunk))
+        self._places = Places(self._chunks)
 
     def table(self) -> TensorTable:
         """Every Hugging Face tensor of the whole model, held by this rank or not."""

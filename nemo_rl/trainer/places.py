@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch.distributed.tensor import DTensor
 
-Live: TypeAlias = Callable[[], torch.Tensor]
-"""Gives a tensor that a module has, whatever it was moved to since."""
+_Slot: TypeAlias = "tuple[Mapping[str, object], str, object]"
 
 
 class Places:
-    """Addresses of tensors, which tell whether one has other storage than before.
+    """The tensors of modules and their addresses, which tell whether another tensor or other storage took a place.
 
-    Views of the old storage would go on to say what the model held then; nothing else shows that.
+    Views of the old storage would go on to say what the model held then; nothing else shows that. Tensors that modules
+    were given in addition are not seen.
     """
 
-    def __init__(self, tensors: Iterable[Live]) -> None:
-        self._tensors = tuple(tensors)
-        self._known = self._now()
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        owners = [owner for module in modules for owner in module.modules()]
+        # Torch's own tables: asking modules by name takes ten times as long, which counts with thousands of experts.
+        tables: list[Mapping[str, object]] = [t for o in owners for t in (o._modules, o._parameters, o._buffers)]
+        self._slots: list[_Slot] = [(table, name, held) for table in tables for name, held in table.items()]
+        self._tensors = [held for _, _, held in self._slots if isinstance(held, torch.Tensor)]
+        self._known = self._addresses()
 
     @property
     def moved(self) -> bool:
-        return self._now() != self._known
+        return any(table.get(name) is not held for table, name, held in self._slots) or self._addresses() != self._known
 
     @torch.no_grad()
-    def _now(self) -> list[int]:
-        tensors = (live() for live in self._tensors)
-        return [(t.to_local() if isinstance(t, DTensor) else t).data_ptr() for t in tensors]
-
-
-def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Live]]:
-    """Parameters, which stay the same objects wherever they are moved, and buffers, which do not."""
-    yield from ((name, partial(_itself, p)) for name, p in module.named_parameters(remove_duplicate=False))
-    yield from ((name, partial(module.get_buffer, name)) for name, _ in module.named_buffers())
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    def _addresses(self) -> list[int]:
+        return [(t.to_local() if isinstance(t, DTensor) else t).data_ptr() for t in self._tensors]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 from unittest import mock
 
 import torch
@@ -65,15 +66,31 @@ def _rows_of(rank: int, shape: ModelShape, parallel: Parallel, dtype: torch.dtyp
 
 
 def _check_that_moved_storage_is_found(source: MegatronSource, chunks: list[torch.nn.Module]) -> None:
-    """Holdings are the same objects while storage stays, and views of what tensors have wherever it went."""
+    """Holdings are the same objects while storage stays, and views of what the model has, wherever that is."""
     before = source.holdings()
     assert source.holdings() == before
-    old = {h.view.untyped_storage().data_ptr() for h in before}
+
+    def follows() -> bool:
+        after = source.holdings()
+        old, new = ({h.view.untyped_storage().data_ptr() for h in held} for held in (before, after))
+        return [(h.fqn, h.region) for h in after] == [(h.fqn, h.region) for h in before] and old.isdisjoint(new)
+
     for tensor in (t for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers())):
         tensor.data = tensor.data.clone()
-    after = source.holdings()
-    assert [(h.fqn, h.region) for h in after] == [(h.fqn, h.region) for h in before]
-    assert old.isdisjoint(h.view.untyped_storage().data_ptr() for h in after)
+    assert follows(), "other storage"
+    before = source.holdings()
+    for chunk in chunks:
+        chunk.load_state_dict(_copied(chunk.state_dict()), assign=True)
+    assert follows(), "other tensors"
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Tied tensors stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    return {
+        name: made.setdefault(t.data_ptr(), t.clone()) if isinstance(t, torch.Tensor) else t
+        for name, t in state.items()
+    }
 
 
 def _build(shape: ModelShape, parallel: Parallel, dtype: torch.dtype) -> list[torch.nn.Module]:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from nemo_rl.refit.base import RefitOptions, World
-from nemo_rl.refit.layout import TensorMeta, natural_order
+from nemo_rl.refit.layout import Holding, TensorMeta, natural_order
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.trainer import families
@@ -69,10 +69,25 @@ def hold(rank: int, meet: str, cases: list[tuple[str, int, int]], folder: str) -
         after = {(h.fqn, h.region): h.view for h in FsdpSource(model).holdings()}
         said["alive"] = all(torch.equal(h.view, after[h.fqn, h.region]) for h in held)
         said["moved"] = sum(not torch.equal(h.view, part_of(saved, h.fqn, h.region)) for h in held)
+        said["gathered"] = refusal(source, model, ids)
         said["follows"] = follows(source, model)
         out.append(said)
     dist.destroy_process_group()
     return out
+
+
+def refusal(source: FsdpSource, model: torch.nn.Module, ids: torch.Tensor) -> str:
+    """What the source says while layers are gathered; it goes on once they are sharded again."""
+    before = source.holdings()
+    with torch.no_grad():
+        model(ids)
+    said = "nothing"
+    try:
+        source.holdings()
+    except ValueError as error:
+        said = str(error)
+    model.reshard()
+    return said if source.holdings() == before else "other holdings"
 
 
 def follows(source: FsdpSource, model: torch.nn.Module) -> bool:
@@ -80,11 +95,25 @@ def follows(source: FsdpSource, model: torch.nn.Module) -> bool:
     before = source.holdings()
     same = source.holdings() == before
     model.double().float()
-    with torch.no_grad():
-        local = [*(p.to_local() for p in model.parameters()), *model.buffers()]
-    held = {tensor.untyped_storage().data_ptr() for tensor in local}
-    after = {h.view.untyped_storage().data_ptr() for h in source.holdings()}
-    return same and after <= held and held.isdisjoint(h.view.untyped_storage().data_ptr() for h in before)
+    moved = anew(source, model, before)
+    before = source.holdings()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    model.tie_weights()
+    return same and moved and anew(source, model, before)
+
+
+@torch.no_grad()
+def anew(source: FsdpSource, model: torch.nn.Module, before: list[Holding]) -> bool:
+    """Whether all lies in what the model has, which is nothing of what it had `before`."""
+    local = [*(p.to_local() for p in model.parameters()), *model.buffers()]
+    held, old, new = (
+        {t.untyped_storage().data_ptr() for t in some} for some in (local, views(before), views(source.holdings()))
+    )
+    return new <= held and held.isdisjoint(old)
+
+
+def views(holdings: list[Holding]) -> list[torch.Tensor]:
+    return [h.view for h in holdings]
 
 
 def part_of(tensors: dict[str, torch.Tensor], fqn: str, region: Region) -> torch.Tensor:
@@ -122,7 +151,8 @@ def test_ranks_hold_the_checkpoint_as_simulated(held: dict[str, Any], name: str)
         assert said["equal"], "views hold the checkpoint's values"
         assert said["alive"], "an optimizer step changes the values in the views"
         assert said["moved"] > len(said["rows"]) // 2
-        assert said["follows"], "a shard in other storage is found again"
+        assert said["follows"], "a shard in other storage, or in place of another one, is found again"
+        assert "call reshard()" in said["gathered"]
         assert said["unused"] == ({"lm_head.weight": "tied to model.embed_tokens.weight"} if kind == "biased" else {})
 
 
