@@ -120,20 +120,9 @@ class RefitSession:
     def _declare_source(self, problems: Sequence[str]) -> Declared:
         layout = None
         if self._source is not None:
-            self._hold(list(self._source.holdings()))
-            self._check_devices()
+            self._hold(list(self._source.holdings()), "declare")
             layout = Layout.from_holdings(self._holdings, self._source.table())
         return share_sources(self._link.control, self._source, layout, problems)
-
-    def _check_devices(self) -> None:
-        away = next((h for h in self._holdings if h.view.device != self._device), None)
-        if away is not None:
-            raise PlanError(
-                f"{away.fqn} is on {away.view.device}, and this rank was declared to be on {self._device}",
-                rank=self.rank,
-                phase="declare",
-                remedy="give the session the device of the model",
-            )
 
     def _join(self, said: Declared, declarations: Mapping[int, Declaration]) -> RefitPlan:
         try:
@@ -237,17 +226,26 @@ class RefitSession:
         fresh = list(self._source.holdings())
         if fresh == self._holdings:  # the same objects
             return self._digest_source()
-        if [(h.fqn, h.region) for h in fresh] != [(h.fqn, h.region) for h in self._holdings]:
+        said = [[(h.fqn, h.region, h.view.dtype) for h in holdings] for holdings in (fresh, self._holdings)]
+        if said[0] != said[1]:
             raise AgreementError(
-                "the source holds other regions than it declared",
+                "the source holds other regions or dtypes than it declared",
                 rank=self.rank,
                 phase="digest",
                 remedy="remake the session after the model or its layout changed",
             )
-        self._hold(fresh)
+        self._hold(fresh, "digest")
         return self._digest_source()
 
-    def _hold(self, holdings: list[Holding]) -> None:
+    def _hold(self, holdings: list[Holding], phase: str) -> None:
+        away = next((h for h in holdings if h.view.device != self._device), None)
+        if away is not None:
+            raise (PlanError if phase == "declare" else AgreementError)(
+                f"{away.fqn} is on {away.view.device}, and this rank was declared to be on {self._device}",
+                rank=self.rank,
+                phase=phase,
+                remedy="give the session the device of the model, and bring the model there before each refit",
+            )
         self._holdings, self._src_view = holdings, SourceViews(holdings)
 
     def _digest_source(self) -> Ledger | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -159,7 +160,21 @@ def test_storage_that_moved_is_read_where_it_is():
     raise_any(sim.refit(2))
     assert all(same_bytes(t, newer[f]) for f, t in zip(newer, landings[0].storage, strict=True))
     sources[0].held = sources[0].held[:-1]
-    assert any(isinstance(r, AgreementError) and "other regions" in str(r) for r in sim.refit(3).values())
+    assert any(isinstance(r, AgreementError) and "other regions or dtypes" in str(r) for r in sim.refit(3).values())
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [(torch.Tensor.double, "other regions or dtypes"), (partial(torch.Tensor.to, device="meta"), "is on meta")],
+)
+def test_a_source_that_became_another_one_is_refused(change, text):
+    sim, sources, landings, _ = pair(PlainLanding)
+    raise_any(sim.refit(1))
+    first = sources[0].held[0]
+    sources[0].held = [Holding(first.fqn, first.region, change(first.view)), *sources[0].held[1:]]
+    results = sim.refit(2)
+    assert any(isinstance(r, AgreementError) and r.phase == "digest" and text in str(r) for r in results.values())
+    assert all(landing.version == 1 for landing in landings)
 
 
 def test_a_loader_that_writes_over_what_landed_is_caught():
