@@ -65,7 +65,7 @@ def agree_on(
     pipeline = Pipeline(plan, rank, link.channel, options.num_streams, device)
     setting = Setting(plan, rank, device, control, pipeline, sources, landings)
     verifier = Verifier(plan, rank, sources, device) if options.verify else None
-    arrivals = Arrivals(plan, plan.bulk, rank, landings[rank]) if rank in landings else None
+    arrivals = Arrivals(plan, plan.bulk, rank, landings[rank], device) if rank in landings else None
     mover = choice.transport.mover(setting)
     try:
         lane = open_lane(setting, choice.transport, link.facts, options.verify)

@@ -243,14 +243,15 @@ def xferdtensor(
         This rank's report: bytes moved, verified, seconds.
 
     Raises:
-        ValueError: a placement that is no shard, or `src` and `dst` in one storage.
+        ValueError: a placement that is no shard, local shards on several devices, or `src` and `dst` in one storage.
         RefitError: the two sides do not meet, a rank failed, or bytes differ.
     """
     source = None if src is None else DTensorSource(_named(src), table)
     landing = None if dst is None else DTensorLanding(_named(dst))
     if src is not None and dst is not None:
         _check_apart(_named(src), _named(dst))
-    session = RefitSession(rank, world, store, options or RefitOptions(), source, landing)
+    device = _device_of(tensor for side in (src, dst) if side is not None for tensor in _named(side).values())
+    session = RefitSession(rank, world, store, options or RefitOptions(), source, landing, device)
     try:
         session.connect()
         session.plan()
@@ -261,6 +262,14 @@ def xferdtensor(
 
 def _named(tensors: DTensor | Mapping[str, DTensor]) -> Mapping[str, DTensor]:
     return {"tensor": tensors} if isinstance(tensors, DTensor) else tensors
+
+
+def _device_of(tensors: Iterable[DTensor]) -> torch.device:
+    """Where local shards lie; the CPU where there is none. Raises ValueError where they lie on several devices."""
+    found = {tensor.to_local().device for tensor in tensors}
+    if len(found) > 1:
+        raise ValueError(f"local shards lie on {' and '.join(sorted(map(str, found)))}; a rank has one device")
+    return found.pop() if found else torch.device("cpu")
 
 
 def _check_apart(src: Mapping[str, DTensor], dst: Mapping[str, DTensor]) -> None:

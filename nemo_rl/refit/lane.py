@@ -217,7 +217,7 @@ class _Run:
             whole = root_layout(self._plan)
             keep = self._keep if self._rank in self._plan.world.generators else None
             sink = RootSink(self._plan, self._messages.channel, self._device, self._end, keep)
-            arrivals = Arrivals(self._plan, self._plan.misc, self._rank, whole)
+            arrivals = Arrivals(self._plan, self._plan.misc, self._rank, whole, self._device)
             tracker = Tracker(self._plan, self._plan.misc, arrivals, sink, verify=False)
         left = self._end - time.monotonic()
         self._traffic = self._messages.run(self._plan.misc, self._src_view, tracker, left)

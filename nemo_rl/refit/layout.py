@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -54,6 +54,15 @@ class Holding:
                 f"{self.fqn}: the view has shape {tuple(self.view.shape)} but its region {self.region} has sizes "
                 f"{self.region.sizes}"
             )
+
+
+def departure(now: Sequence[Holding], declared: Sequence[Holding]) -> str | None:
+    """How `now` differs from what was declared in more than where it lies; None where it does not."""
+    if len(now) != len(declared):
+        return f"{len(now)} of them instead of {len(declared)}"
+    forms = [[(h.fqn, h.region, h.view.dtype) for h in side] for side in (now, declared)]
+    first = next(((a, b) for a, b in zip(*forms, strict=True) if a != b), None)
+    return None if first is None else " instead of ".join(" ".join(map(str, form)) for form in first)
 
 
 class SourceViews:
@@ -183,6 +192,17 @@ class Layout:
         """Of each row, bytes of an element."""
         item: np.ndarray = np.array([m.dtype.itemsize for m in self.metas], np.int64)[self.tensor]
         return item
+
+    def misfit(self, unit: int, views: Mapping[int, torch.Tensor], device: torch.device) -> str | None:
+        """What is wrong with `views`, row -> view of the rows of `unit` on `device`; None where they fit."""
+        for row in np.flatnonzero(self.unit == unit).tolist():
+            region, view = self.region(row), views.get(row)
+            want = self.metas[self.tensor[row]].dtype, region.sizes, device
+            has = None if view is None else (view.dtype, tuple(view.shape), view.device)
+            if has != want:
+                said = " for ".join(" ".join(map(str, form)) for form in (has or ("nothing",), want))
+                return f"{said}, as which {self.fqn(row)} {region} was declared"
+        return None
 
     @cached_property
     def num_bytes(self) -> int:

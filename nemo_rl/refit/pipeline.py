@@ -16,7 +16,7 @@ from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable, Message, RefitPlan
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.transports.base import Channel, Pending, as_bytes
+from nemo_rl.refit.transports.base import Channel, Pending, Slots, as_bytes
 
 IN_PLACE = -1
 """The landing unit of rows whose bytes land in the storage that kernels read."""
@@ -28,25 +28,6 @@ class Sink(Protocol):
     def open(self, unit: int) -> Mapping[int, torch.Tensor]: ...
 
     def close(self, unit: int) -> None: ...
-
-
-class Slots:
-    """Reusable message buffers of one direction, made on first use; `num_bytes` is their high-water."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._free: deque[torch.Tensor] = deque(torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count))
-        self.num_bytes = 0
-
-    def take(self, num_bytes: int) -> torch.Tensor:
-        """A buffer of at least `num_bytes`; the pipeline's window never asks for more than there are."""
-        slot = self._free.popleft()
-        if slot.numel() < num_bytes:
-            self.num_bytes += num_bytes - slot.numel()
-            slot = torch.empty(num_bytes, dtype=torch.uint8, device=slot.device)
-        return slot
-
-    def give(self, slot: torch.Tensor) -> None:
-        self._free.append(slot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +52,13 @@ class Arrivals:
         unit: landing unit of each of `mine`.
         counts: landing unit -> how many land there.
         empty: landing units that have no bytes on this rank.
+        device: where all of it lands.
         final: nothing writes behind what lands in place, neither a unit's processing nor the engine's own loader:
             what landed may be digested at once. Hooks of `Landing.finish` run behind all digests in any case.
     """
 
-    def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout) -> None:
-        self._plan, self._copies = plan, copies
+    def __init__(self, plan: RefitPlan, copies: CopyTable, rank: int, layout: Layout, device: torch.device) -> None:
+        self._plan, self._copies, self._rank, self._device = plan, copies, rank, device
         self.layout = layout
         self.mine = np.flatnonzero(copies.dst_rank == rank)
         self.unit = layout.unit[copies.dst_row[self.mine]]
@@ -85,6 +67,20 @@ class Arrivals:
         self.final = not plan.misc_fqns and bool((layout.unit == IN_PLACE).all())
         self._in_place: Pieces | None = None
         self._ledger: Ledger | None = None
+        self._fitting: Mapping[int, torch.Tensor] | None = None
+
+    def checked(self, unit: int, views: Mapping[int, torch.Tensor]) -> Mapping[int, torch.Tensor]:
+        """`views`, opened for `unit`, as they are; the same mapping for what lands in place is looked at once.
+
+        Raises:
+            TransferError: a row has no view, or one of another shape, type or device; a write would go astray.
+        """
+        if views is not self._fitting and (text := self.layout.misfit(unit, views, self._device)):
+            remedy = "make a new session after the engine changed its parameters"
+            raise TransferError(f"the engine opened {text}", rank=self._rank, phase="transfer", remedy=remedy)
+        if unit == IN_PLACE:
+            self._fitting = views
+        return views
 
     def ledger(self) -> Ledger:
         """Room for the digests of one refit, numbered by the place in `mine`; one object, empty again each time."""
@@ -168,9 +164,9 @@ class Tracker:
         return self.rows(int(self.layout.unit[row]))[row]
 
     def rows(self, unit: int) -> Mapping[int, torch.Tensor]:
-        """Views of all rows of `unit`, which this opens."""
+        """Views of all rows of `unit`, which this opens. Raises TransferError as `Arrivals.checked`."""
         if unit not in self._views:
-            self._views[unit] = self._sink.open(unit)
+            self._views[unit] = self.arrivals.checked(unit, self._sink.open(unit))
         return self._views[unit]
 
     def landed(self, indices: Sequence[int] | np.ndarray) -> None:

@@ -16,7 +16,7 @@ from nemo_rl.refit.declare import Declared, agree, agree_still, share_declaratio
 from nemo_rl.refit.device import finish, quiesce
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
-from nemo_rl.refit.layout import Holding, Layout, SourceViews
+from nemo_rl.refit.layout import Holding, Layout, SourceViews, departure
 from nemo_rl.refit.link import Link, connect
 from nemo_rl.refit.memory import PeakRss
 from nemo_rl.refit.pipeline import Tracker, Traffic
@@ -226,10 +226,9 @@ class RefitSession:
         fresh = list(self._source.holdings())
         if fresh == self._holdings:  # the same objects
             return self._digest_source()
-        said = [[(h.fqn, h.region, h.view.dtype) for h in holdings] for holdings in (fresh, self._holdings)]
-        if said[0] != said[1]:
+        if strange := departure(fresh, self._holdings):
             raise AgreementError(
-                "the source holds other regions or dtypes than it declared",
+                f"the source holds other regions or dtypes than it declared: {strange}",
                 rank=self.rank,
                 phase="digest",
                 remedy="remake the session after the model or its layout changed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -43,3 +44,22 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if flat.numel() == 1:  # counts as contiguous with any stride, which a change of dtype does not accept
         flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8)
+
+
+class Slots:
+    """Reusable message buffers of one direction, made on first use; `num_bytes` is their high-water."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._free: deque[torch.Tensor] = deque(torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count))
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """A buffer of at least `num_bytes`; the pipeline's window never asks for more than there are."""
+        slot = self._free.popleft()
+        if slot.numel() < num_bytes:
+            self.num_bytes += num_bytes - slot.numel()
+            slot = torch.empty(num_bytes, dtype=torch.uint8, device=slot.device)
+        return slot
+
+    def give(self, slot: torch.Tensor) -> None:
+        self._free.append(slot)

@@ -190,7 +190,7 @@ class _Runner:
         took = []
         try:
             for _ in range(1 + _REPEAT[self.device.type]):
-                tracker = case.tracker(self.rank, views)
+                tracker = case.tracker(self.rank, self.device, views)
                 self._control.meet("connect")
                 started = time.monotonic()
                 mover.run(case.plan.bulk, held, tracker, self._control.deadline_s)
@@ -238,11 +238,11 @@ class Case:
         layout = self.landings.get(rank)
         return {} if layout is None else _views(layout, device, backwards=True)
 
-    def tracker(self, rank: int, views: Mapping[int, torch.Tensor]) -> Tracker | None:
+    def tracker(self, rank: int, device: torch.device, views: Mapping[int, torch.Tensor]) -> Tracker | None:
         layout = self.landings.get(rank)
         if layout is None:
             return None
-        arrivals = Arrivals(self.plan, self.plan.bulk, rank, layout)
+        arrivals = Arrivals(self.plan, self.plan.bulk, rank, layout, device)
         return Tracker(self.plan, self.plan.bulk, arrivals, _Views(views), verify=False)
 
 

@@ -17,6 +17,7 @@ from nemo_rl.refit.errors import PlanError
 from nemo_rl.refit.layout import TensorMeta
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.session import RefitSession
 
 from . import dtensor_ranks
 from .forked import Forked
@@ -202,6 +203,27 @@ def test_strides_of_local_shards_are_free(mesh):
 def test_sides_that_do_not_meet_are_refused(mesh, dst, text):
     with pytest.raises(PlanError, match=text):
         alone(on(mesh, torch.zeros(4, 2)), on(mesh, dst))
+
+
+def test_a_transfer_is_on_the_device_of_the_shards(mesh, monkeypatch):
+    """`meta` stands for a GPU; nothing moves here."""
+    seen, inner = [], RefitSession.__init__
+
+    def noted(self, *args):
+        inner(self, *args)
+        seen.append(self._device.type)
+
+    monkeypatch.setattr(RefitSession, "__init__", noted)
+    monkeypatch.setattr(RefitSession, "connect", lambda self: None)
+    monkeypatch.setattr(RefitSession, "plan", lambda self: None)
+    monkeypatch.setattr(RefitSession, "refit", lambda self, version: None)
+    here, away = torch.zeros(4), torch.zeros(4, device="meta")
+    alone(on(mesh, here), on(mesh, here.clone()))
+    alone({"w": on(mesh, away)}, {})
+    alone({}, {"w": on(mesh, away)})
+    assert seen == ["cpu", "meta", "meta"]
+    with pytest.raises(ValueError, match="local shards lie on cpu and meta"):
+        alone(on(mesh, here), on(mesh, away))
 
 
 def test_one_storage_for_both_sides_is_refused(mesh):

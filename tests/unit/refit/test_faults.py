@@ -165,7 +165,11 @@ def test_storage_that_moved_is_read_where_it_is():
 
 @pytest.mark.parametrize(
     "change, text",
-    [(torch.Tensor.double, "other regions or dtypes"), (partial(torch.Tensor.to, device="meta"), "is on meta")],
+    [
+        (torch.Tensor.double, "dtypes than it declared: experts.0.w [0:8, 0:32] torch.float64 instead of experts.0.w"),
+        (partial(torch.Tensor.to, dtype=torch.int32), "other regions or dtypes"),
+        (partial(torch.Tensor.to, device="meta"), "is on meta"),
+    ],
 )
 def test_a_source_that_became_another_one_is_refused(change, text):
     sim, sources, landings, _ = pair(PlainLanding)
@@ -175,6 +179,33 @@ def test_a_source_that_became_another_one_is_refused(change, text):
     results = sim.refit(2)
     assert any(isinstance(r, AgreementError) and r.phase == "digest" and text in str(r) for r in results.values())
     assert all(landing.version == 1 for landing in landings)
+
+
+@pytest.mark.parametrize("transport", ["peer", "gloo", "golden"])
+@pytest.mark.parametrize(
+    "opened",
+    [torch.zeros(2, 32), torch.zeros(9, 32), torch.zeros(8, 32, dtype=torch.int32), torch.zeros(8, 32, device="meta")],
+    ids=["short", "long", "other type", "other device"],
+)
+@pytest.mark.parametrize("unit", [-1, 0])
+def test_a_parameter_that_the_engine_replaced_by_another_is_not_written_to(unit, opened, transport):
+    sim, _, landings, _ = pair(
+        lambda rows: PlainLanding(rows, [unit] * len(rows)), options=replace(FAST, transport=transport)
+    )
+    raise_any(sim.refit(1))
+    inner = landings[0].open
+    landings[0].open = lambda which: {**inner(which), 0: opened}
+    results = sim.refit(2)
+    words = "for torch.float32 (8, 32) cpu, as which experts.0.w [0:8, 0:32] was declared"
+    assert isinstance(results[2], TransferError) and words in str(results[2])
+    assert all(isinstance(r, RefitError) for r in results.values()) and landings[0].rejected
+
+
+def test_a_row_that_the_engine_does_not_open_is_named():
+    sim, _, landings, _ = pair(PlainLanding)
+    inner = landings[0].open
+    landings[0].open = lambda unit: {row: view for row, view in inner(unit).items() if row != 3}
+    assert "opened nothing for torch.float32 (8, 32) cpu, as which experts.3.w " in str(sim.refit(1)[2])
 
 
 def test_a_loader_that_writes_over_what_landed_is_caught():
