@@ -30,6 +30,7 @@ from nemo_rl.refit.misc import Receiver, RootSink, root_layout
 from nemo_rl.refit.pipeline import Arrivals, Pipeline, Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.mover import Facts, Setting, Transport
 from nemo_rl.refit.transports.registry import open_channel, own_gpus
 
@@ -55,13 +56,13 @@ def open_lane(setting: Setting, transport: Transport, facts: Facts, verify: bool
         beside = transport.one_sided and len(plan.misc_buffers) <= room(bulk.num_streams)
     else:
         beside = not (given and plan.world.shared)  # simulated ranks pass all their messages through one box a pair
-    channel = bulk.channel
+    channel, own = bulk.channel, None
     if plan.misc_fqns and beside and not transport.one_sided and not given:
         control = setting.control
-        store = dist.PrefixStore("lane", control.store)
-        channel = open_channel(setting.device, store, setting.rank, plan.world.size, control.deadline_s)
+        store = dist.PrefixStore(f"lane{control.ticket()}", control.store)
+        channel = own = open_channel(setting.device, store, setting.rank, plan.world.size, control.deadline_s)
     messages = Pipeline(plan, setting.rank, channel, bulk.num_streams, setting.device)
-    return Lane(plan, setting.rank, messages, beside, verify)
+    return Lane(plan, setting.rank, messages, own, beside, verify)
 
 
 def _refuse(plan: RefitPlan, rank: int, facts: Facts) -> None:
@@ -83,13 +84,16 @@ class Lane:
     """One rank's part in the whole tensors of a plan, refit after refit.
 
     Args:
-        messages: over the lane's channel, which the lane closes.
+        messages: over the lane's channel.
+        own: that channel where nobody else uses it; closed with the lane.
         beside: run while bulk moves; otherwise after it.
         verify: keep digests of what arrives.
     """
 
-    def __init__(self, plan: RefitPlan, rank: int, messages: Pipeline, beside: bool, verify: bool) -> None:
-        self._plan, self._rank, self._messages = plan, rank, messages
+    def __init__(
+        self, plan: RefitPlan, rank: int, messages: Pipeline, own: Channel | None, beside: bool, verify: bool
+    ) -> None:
+        self._plan, self._rank, self._messages, self._own = plan, rank, messages, own
         self._beside, self._verify = beside, verify
         self._run: _Run | None = None
 
@@ -125,7 +129,8 @@ class Lane:
         """Give up connections, and end what runs at its next look; idempotent."""
         if self._run is not None:
             self._run.stop()
-        self._messages.channel.close()
+        if self._own is not None:
+            self._own.close()
 
 
 class _Run:

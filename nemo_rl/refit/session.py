@@ -96,7 +96,7 @@ class RefitSession:
             self._link_or_none = connect(self._control, self.options, self._device, self._given_channel)
 
     def plan(self, problems: Sequence[str] = ()) -> RefitPlan:
-        """Declare this rank's layout, join all layouts, prove the plan and agree on it.
+        """Declare this rank's layout, join all layouts, prove the plan and agree on it, in place of one made before.
 
         Args:
             problems: what a trainer knows to be wrong with its weights; any of them refuses the plan on all ranks.
@@ -106,6 +106,7 @@ class RefitSession:
             AgreementError: ranks hold different plans or options.
         """
         with self._guarded("declare"):
+            self._drop_plan()
             said = self._declare_source(problems)
             declaration = None if self._landing is None else self._landing.declare(said.table)
             declarations = share_declarations(self._link.control, declaration)
@@ -202,7 +203,7 @@ class RefitSession:
     def close(self) -> None:
         """Give up connections; idempotent."""
         self._disconnect()
-        self._control = self._link_or_none = self._agreed_or_none = None
+        self._control = self._link_or_none = None
         self._failure = self._failure or PoisonedError(
             "the session was closed", rank=self.rank, phase="close", remedy="make a new session"
         )
@@ -384,9 +385,14 @@ class RefitSession:
 
     def _disconnect(self) -> None:
         """Give up the mover's windows and the channel, which releases peers that wait for this rank."""
-        if self._agreed_or_none is not None:
-            self._agreed_or_none.close()
+        self._drop_plan()
         if self._link_or_none is not None:
             self._link_or_none.channel.close()
         if self._control is not None:
             self._control.close()
+
+    def _drop_plan(self) -> None:
+        """Give up what was made for the plan; idempotent."""
+        agreed, self._agreed_or_none, self._prepared = self._agreed_or_none, None, None
+        if agreed is not None:
+            agreed.close()

@@ -154,6 +154,30 @@ def test_a_mover_is_given_up_where_the_plan_gets_no_lane(monkeypatch):
     assert all("no lane" in str(r) for r in sim.start().values()) and sorted(closed) == [0, 1, 2, 3]
 
 
+def test_a_plan_is_given_up_before_the_next_one_is_made(monkeypatch):
+    """With it goes what was prepared for it; the channel stays."""
+    opened, log = registry.TRANSPORTS["gloo"].mover, []
+
+    def mover(setting):
+        one = opened(setting)
+        one.close = lambda: log.append((setting.rank, "closed"))
+        log.append((setting.rank, "made"))
+        return one
+
+    monkeypatch.setitem(registry.TRANSPORTS, "gloo", replace(registry.TRANSPORTS["gloo"], mover=mover))
+    sim, sources, landings, full = two_by_two()
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    raise_any(sim.all(lambda s: s.prepare(2)))
+    raise_any(sim.all(lambda s: s.plan()))
+    raise_any(sim.refit(3))
+    for landing in landings:
+        check(landing, full, False)
+    raise_any(sim.all(lambda s: s.close()))
+    for rank in range(4):
+        assert [what for r, what in log if r == rank] == ["made", "closed"] * 2
+
+
 def test_ranks_without_common_memory_meet_at_the_store(monkeypatch, caplog):
     """Also those of one host; only `peer` needs a board, and says why there is none."""
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
