@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         if kind is str and not isinstance(value, str):
             raise TypeError("text is needed")
         leaf.value = value
+        if kind is float and not math.isfinite(leaf.value):  # no comparison with nan fails
+            raise TypeError("a finite number is needed")
     except (OmegaConfBaseException, TypeError) as error:
         needed = f"{kind.__name__} or null" if optional else kind.__name__
         raise ValueError(f"{key}: {value!r} is not of type {needed}; give a value of that type") from error

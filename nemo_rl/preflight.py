@@ -16,7 +16,7 @@ from nemo_rl.generator.preflight import check_loader_apart
 from nemo_rl.generator.ranks import EngineSpec
 from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
-from nemo_rl.refit.base import MEASURE_LINKS
+from nemo_rl.refit.base import LONGEST_S, MEASURE_LINKS, MOST_STREAMS
 from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.schema import Config
 from nemo_rl.topology import Topology, device_of, parallel_of, parallel_sizes, topology_of
@@ -165,9 +165,16 @@ def _numbers(config: Config) -> Iterator[str]:
     if policy.generation.vllm_cfg.kv_cache_memory_bytes is not None:
         key = "policy.generation.vllm_cfg.kv_cache_memory_bytes"
         positive[key] = policy.generation.vllm_cfg.kv_cache_memory_bytes
+    at_most: dict[str, tuple[float, float]] = {
+        "policy.refit.num_streams": (policy.refit.num_streams, MOST_STREAMS),
+        "policy.refit.deadline_s": (policy.refit.deadline_s, LONGEST_S),
+    }
     for key, value in positive.items():
         if value <= 0:
             yield f"{key}={value}: must be above 0"
+    for key, (value, most) in at_most.items():
+        if value > most:
+            yield f"{key}={value}: must be at most {most:g}"
     for key, (value, least) in at_least.items():
         if value < least:
             yield f"{key}={value}: must be at least {least}"

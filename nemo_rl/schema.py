@@ -120,12 +120,12 @@ class RefitConfig:
     """Knobs of the session. `transport` is auto, peer, nccl, m2n, gloo or golden; the conventional refit is
     `broadcast`, which `policy.nccl_xfer_refit=false` selects.
 
-    A message has at most `bucket_bytes`, and `num_streams` of them are in flight each way. No phase of a refit may take
-    longer than `deadline_s`. `verify` compares digests of every piece after every refit. `verify_against_checkpoint`
-    compares what trainers hold before their first step with the files of `model_name`, and what generators loaded from
-    them with what the first refit brings. `measure_links` is auto (where `transport=auto` has a choice and `cache_dir`
-    holds no measurement of these hosts), always or never; `cache_dir` is on the host of the first trainer, empty for
-    none.
+    A message has at most `bucket_bytes`, and `num_streams` of them, at most 64, are in flight each way. No phase of a
+    refit may take longer than `deadline_s`. `verify` compares digests of every piece after every refit.
+    `verify_against_checkpoint` compares what trainers hold before their first step with the files of `model_name`, and
+    what generators loaded from them with what the first refit brings. `measure_links` is auto (where `transport=auto`
+    has a choice and `cache_dir` holds no measurement of these hosts), always or never; `cache_dir` is on the host of
+    the first trainer, empty for none.
     """
 
     transport: str = "auto"

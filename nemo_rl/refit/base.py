@@ -117,6 +117,10 @@ class Landing(Protocol):
 
 
 MEASURE_LINKS = ("auto", "always", "never")
+MOST_STREAMS = 64
+"""A lane of `nccl` is a communicator, with gigabytes of its own."""
+LONGEST_S = 1e6
+"""Of a deadline: what clocks and stores of all kinds take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +156,10 @@ class RefitOptions:
     def __post_init__(self) -> None:
         if self.measure_links not in MEASURE_LINKS:
             raise ValueError(f"measure_links='{self.measure_links}' is not one of {', '.join(MEASURE_LINKS)}")
-        if self.bucket_bytes < 1024 or self.num_streams < 1 or self.deadline_s <= 0:
-            raise ValueError(f"bucket_bytes >= 1024, num_streams >= 1 and deadline_s > 0 are needed, got {self}")
+        if not (self.bucket_bytes >= 1024 and 1 <= self.num_streams <= MOST_STREAMS):
+            raise ValueError(f"bucket_bytes >= 1024 and num_streams from 1 to {MOST_STREAMS} are needed, got {self}")
+        if not 0 < self.deadline_s <= LONGEST_S:  # nor nan: waits would have no end
+            raise ValueError(f"deadline_s above 0 and at most {LONGEST_S:g} is needed, got {self}")
 
 
 @dataclass(frozen=True, slots=True)

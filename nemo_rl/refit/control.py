@@ -74,6 +74,20 @@ class Control:
                 remedy="start the driver's TCPStore first and check that this host reaches it",
             ) from error
 
+    def enter(self) -> None:
+        """First of all, once: what an earlier session left in the store would be taken for what this one's ranks say.
+
+        Raises:
+            TransferError: a session was in this store as this rank before.
+        """
+        if self.store.add(f"entered/{self.rank}", 1) > 1:
+            raise TransferError(
+                f"{self.world.describe(self.rank)} entered this store before, in this process or another",
+                rank=self.rank,
+                phase="connect",
+                remedy="give every session a store of its own (or a PrefixStore), and every process a rank of its own",
+            )
+
     def gather(self, phase: str, payload: bytes, ranks: Iterable[int] | None = None) -> dict[int, bytes]:
         """Publish `payload` and wait for the payloads of `ranks` (default: all). Every rank calls in the same order.
 

@@ -42,8 +42,10 @@ def connect(control: Control, options: RefitOptions, device: torch.device, given
     """Every rank calls it. `given` is an open channel to use instead of one that this opens.
 
     Raises:
-        TransferError: a rank did not answer, or does not support the transport; its name and the reason.
+        TransferError: a rank did not answer, was here before, or does not support the transport; its name and the
+            reason.
     """
+    control.enter()
     facts = share_facts(control, own_fact(device, given is not None))
     boardless = _meet_on_board(control, facts)
     found = candidates(control, options, facts, boardless)

@@ -84,7 +84,8 @@ def test_all_violations_at_once_by_name(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["grpo.seed=1.5", "grpo.seed=true", "loss_fn.ratio_clip_min=high", "logger.run_name=[a]", "policy.refit.verify=2"],
+    ["grpo.seed=1.5", "grpo.seed=true", "loss_fn.ratio_clip_min=high", "logger.run_name=[a]", "policy.refit.verify=2"]
+    + ["grpo.max_gen_kl_error=nan", "policy.refit.deadline_s=inf", "policy.refit.deadline_s=.nan"],
 )
 def test_wrong_types(path: Path, override: str) -> None:
     (said,) = refusals(path, override)

@@ -7,10 +7,16 @@ import pytest
 from nemo_rl.refit.base import RefitOptions, World
 
 
-@pytest.mark.parametrize("wrong", [{"bucket_bytes": 1023}, {"num_streams": 0}, {"deadline_s": 0.0}])
+@pytest.mark.parametrize("wrong", [{"bucket_bytes": 1023}, {"num_streams": 0}, {"num_streams": 65}])
 def test_options_that_cannot_be(wrong):
-    with pytest.raises(ValueError, match="are needed, got RefitOptions"):
+    with pytest.raises(ValueError, match="num_streams from 1 to 64 are needed, got RefitOptions"):
         RefitOptions(**wrong)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e15])
+def test_deadlines_that_never_come(seconds):
+    with pytest.raises(ValueError, match="deadline_s above 0 and at most 1e.06 is needed, got RefitOptions"):
+        RefitOptions(deadline_s=seconds)
 
 
 def test_links_are_measured_when_asked_in_a_known_word():

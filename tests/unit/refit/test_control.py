@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.declare import agree
-from nemo_rl.refit.errors import AgreementError, RefitError, TransferError
+from nemo_rl.refit.errors import AgreementError, PoisonedError, RefitError, TransferError
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports.board import Board
 
@@ -180,6 +182,48 @@ def test_a_session_takes_what_its_rank_is():
             RefitSession(rank, world, store, RefitOptions(), *given)
     with pytest.raises(ValueError, match="transport 'pigeon' is not one of auto, gloo"):
         RefitSession(0, world, store, RefitOptions(transport="pigeon"), source)
+
+
+def test_a_store_serves_one_session():
+    """What the first left there, such as its failure, is not the second one's."""
+    table = make_table({"a": ((4,), torch.float32)})
+    source = PlainSource.of(model(table), table, rows_of(table))
+    first, second = (SimulatedWorld([source], [PlainLanding(rows_of(table))]) for _ in range(2))
+    raise_any(first.start())
+    first.all(lambda s: s.close())
+    for session in second.sessions:
+        session._address = first.store
+    for rank, error in second.start().items():
+        assert isinstance(error, TransferError) and f"(rank {rank}) entered this store before" in str(error)
+    for session in second.sessions:
+        session._address = dist.PrefixStore("again", first.store)
+    assert all(isinstance(error, PoisonedError) for error in second.start().values())
+    third = SimulatedWorld([source], [PlainLanding(rows_of(table))])
+    for session in third.sessions:
+        session._address = dist.PrefixStore("again", first.store)
+    raise_any(third.start())
+    raise_any(third.refit(1))
+
+
+def test_two_processes_that_take_one_rank_are_told_at_once():
+    table = make_table({"a": ((4,), torch.float32)})
+    world, store = World.of(2, 1), dist.HashStore()
+    source = PlainSource.of(model(table), table, rows_of(table))
+    twins = [RefitSession(0, world, store, RefitOptions(deadline_s=20), source) for _ in range(2)]
+    found, started = [], time.monotonic()
+
+    def connect(session):
+        with pytest.raises(RefitError) as caught:
+            session.connect()
+        found.append(str(caught.value))
+
+    threads = [threading.Thread(target=connect, args=(twin,)) for twin in twins]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(found) == 2 and all("trainer 0 (rank 0) entered this store before" in text for text in found)
+    assert time.monotonic() - started < 5
 
 
 def test_verbs_come_in_order():
