@@ -66,12 +66,26 @@ def quiesce(device: torch.device, end: float) -> None:
     if (done := _behind_all(device)) is not None:
         await_event(done, what, end)
         return
-    waits = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
-    waits.start()
-    waits.join(max(end - time.monotonic(), 0.0))
-    if waits.is_alive():
-        raise TimeoutError(f"{what} was not done within the deadline")
-    torch.cuda.synchronize(device)  # at once: raises what failed
+    within(max(end - time.monotonic(), 0.0), lambda: torch.cuda.synchronize(device), what)
+
+
+def within(deadline_s: float, work: Callable[[], None], what: str) -> None:
+    """Do `work` in a thread. Raises TimeoutError where it takes longer, and what it raises."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if thread.is_alive():
+        raise TimeoutError(f"{what} took longer than {round(deadline_s, 2):g} s")
+    if failures:
+        raise failures[0]
 
 
 def _behind_all(device: torch.device) -> torch.cuda.Event | None:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 
-from nemo_rl.refit.device import MULTICAST_OFF, await_event
+from nemo_rl.refit.device import MULTICAST_OFF, await_event, within
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import IN_PLACE, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
@@ -30,7 +30,6 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.lanes import Lanes
 from nemo_rl.refit.transports.mover import Setting
-from nemo_rl.refit.transports.nccl_lanes import within
 from nemo_rl.refit.transports.own_nccl import abort_together, keep_variable, variable
 from nemo_rl.refit.transports.resharding import SLOT_BYTES, Reshard, Said, Side, reshards
 
@@ -94,13 +93,21 @@ class NcclM2n:
         self._comm: Any = None
         own = bytes(nccl.core.get_unique_id()) if setting.rank == 0 else b""
         name = setting.control.gather("agree", own)[0]
-        within(setting.control.deadline_s, lambda: self._connect(setting, name), "making m2n's communicator")
+        try:
+            within(setting.control.deadline_s, lambda: self._connect(setting, name), "making m2n's communicator")
+        except TimeoutError as error:  # a thread is inside NCCL, which may come back with a communicator at any time
+            NcclM2n.lost = f"{error}: start this process again, or use 'nccl'"
+            raise
 
     def _connect(self, setting: Setting, name: bytes) -> None:
         size, rank = setting.plan.world.size, setting.rank
         with torch.cuda.device(self._device):
             self._handle = self._m2n.Handle.create()
-            self._comm = self._core.Communicator.init(size, rank, self._core.UniqueId.from_bytes(name))
+            try:
+                self._comm = self._core.Communicator.init(size, rank, self._core.UniqueId.from_bytes(name))
+            except Exception:  # those of NCCL's packages are of no common kind
+                self._handle.destroy()
+                raise
 
     def reshard(self, call: Reshard, rank: int) -> None:
         """Start on the current stream of the session's device."""

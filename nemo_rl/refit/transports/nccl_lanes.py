@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nemo_rl.refit.device import finish
+from nemo_rl.refit.device import finish, within
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.lanes import Aside, Post
 from nemo_rl.refit.transports.own_nccl import abort_together, make_group
@@ -161,23 +160,3 @@ class NcclLanes:
         abort_together([group.abort for lane, group in enumerate(groups) if lane not in busy])
         if groups and busy:
             log.error("lanes %s still connect to a peer that died; their communicators are not freed", sorted(busy))
-
-
-def within(deadline_s: float, work: Callable[[], None], what: str) -> None:
-    """Do `work` in a thread. Raises TimeoutError where it takes longer, and what it raises."""
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name=what, daemon=True)
-    started = time.monotonic()
-    thread.start()
-    thread.join(deadline_s)
-    if thread.is_alive():
-        raise TimeoutError(f"{what} took longer than {time.monotonic() - started:.0f} s")
-    if failures:
-        raise failures[0]

@@ -62,10 +62,20 @@ def test_a_device_that_never_comes_to_rest_is_a_timeout(driver, monkeypatch):
 
     monkeypatch.setattr(device, "_behind_all", lambda _: Behind() if driver else None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(TimeoutError, match="what this process started on cuda:0 was not done within the deadline"):
+    with pytest.raises(
+        TimeoutError,
+        match="what this process started on cuda:0 (was not done within the deadline|took longer than 0.05 s)",
+    ):
         device.quiesce(GPU, time.monotonic() + 0.05)
     assert not rested
     threading.Timer(0.05, busy.set).start()
     device.quiesce(GPU, time.monotonic() + 10)
     assert busy.is_set() and bool(rested) != driver
     device.quiesce(torch.device("cpu"), 0.0)
+
+
+def test_work_in_a_thread_ends_at_its_deadline_and_says_what_it_raises():
+    with pytest.raises(TimeoutError, match="making communicators took longer than 0.05 s"):
+        device.within(0.05, lambda: time.sleep(1), "making communicators")
+    with pytest.raises(ValueError, match="no such"):
+        device.within(5, lambda: int("no such"), "it")

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import random
+import sys
 import threading
 import types
 
@@ -344,6 +345,50 @@ def test_work_that_does_not_end_is_not_waited_for_without_a_limit(nccl_m2n, monk
     monkeypatch.setattr(m2n, "_CLOSE_S", 0.05)
     library.close()
     assert {name for name, *_ in called} == {"query"} and "was not done within the deadline" in m2n.NcclM2n.lost
+
+
+@pytest.fixture
+def connecting(nccl_m2n, monkeypatch):
+    """How `NcclM2n` is made, over stand-ins; `connecting.init` is what makes its communicator."""
+    _, called = nccl_m2n
+    namespace = types.SimpleNamespace
+    made = namespace(init=lambda *_: called)
+    core = namespace(
+        get_unique_id=lambda: b"",
+        UniqueId=namespace(from_bytes=bytes),
+        Communicator=namespace(init=lambda *given: made.init(*given)),
+    )
+    library = namespace(core=core, m2n=namespace(Handle=namespace(create=lambda: called)))
+    for name, module in (("nccl", library), ("nccl.core", library.core), ("nccl.m2n", library.m2n)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(m2n, "keep_variable", lambda *_: None)
+    control = namespace(gather=lambda *_: {0: b""}, deadline_s=0.05)
+    setting = namespace(rank=0, device=torch.device("cpu"), control=control, plan=namespace(world=WORLD))
+    made.connect = lambda: m2n.NcclM2n(setting)
+    return made, called
+
+
+def test_a_handle_without_a_communicator_is_given_back(connecting):
+    def refuse(*_):
+        raise OSError("planted in init")
+
+    made, called = connecting
+    made.connect()
+    assert not called
+    made.init = refuse
+    with pytest.raises(OSError, match="planted in init"):
+        made.connect()
+    assert [name for name, *_ in called] == ["destroy"] and not m2n.NcclM2n.lost
+
+
+def test_a_communicator_that_is_not_made_in_time_is_not_asked_for_again(connecting):
+    made, called = connecting
+    came = threading.Event()
+    made.init = lambda *_: came.wait(20)
+    with pytest.raises(TimeoutError, match="making m2n's communicator took longer than 0.05 s"):
+        made.connect()
+    came.set()
+    assert not called and "making m2n's communicator" in m2n.NcclM2n.lost and "start this process" in m2n.NcclM2n.lost
 
 
 def test_lanes_are_closed_where_m2n_is_refused(monkeypatch):

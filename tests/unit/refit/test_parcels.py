@@ -22,7 +22,6 @@ from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports import grouped, parcels, registry
 from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 from nemo_rl.refit.transports.mover import Transport
-from nemo_rl.refit.transports.nccl_lanes import within
 
 from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -454,10 +453,3 @@ def test_the_first_parcel_that_is_late_is_named(on_cpu):
     error = sim.refit(1)[2]
     assert isinstance(error, TransferError) and f"1 of {len(flights)} groups were" in str(error)
     assert "receiving from trainer" in str(error) and "layers." in str(error) and "remake" in str(error)
-
-
-def test_a_rank_that_does_not_connect_is_a_timeout():
-    with pytest.raises(TimeoutError, match="making communicators took longer than 0 s"):
-        within(0.05, lambda: time.sleep(1), "making communicators")
-    with pytest.raises(ValueError, match="no such"):
-        within(5, lambda: int("no such"), "it")
