@@ -63,23 +63,41 @@ class Board:
             TransferError: a rank did not come within the deadline.
         """
         first = control.world.trainers[0]
-        made = os.memfd_create("refit-board") if control.rank == first else -1
+        made, problem = _made(_size(control, lanes)) if control.rank == first else (-1, "")
+        board: Board | None = None
         try:
-            if made >= 0:
-                os.ftruncate(made, _size(control, lanes))
             pid = os.getpid()
             mine = [(pid, _born(pid)), made, made >= 0 and os.fstat(made).st_ino]
             told = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
             processes = [(told[r][0][0], told[r][0][1]) for r in range(control.world.size)]
-            file, problem = _opened(processes, processes[first][0], *told[first][1:])
-            said = control.gather("connect", problem.encode())
+            file, found = _opened(processes, processes[first][0], *told[first][1:])
+            if file is not None:
+                board, found = cls._mapped(control, file, processes, lanes)
+            said = control.gather("connect", (problem or found).encode())
+        except Exception:
+            if board is not None:
+                board.close()
+            raise
         finally:
             if made >= 0:
                 os.close(made)
         wrong = next((f"{control.world.describe(r)}: {text.decode()}" for r, text in said.items() if text), None)
-        if file is None or wrong is not None:
+        if board is None or wrong is not None:
+            if board is not None:
+                board.close()
             raise OSError(wrong)
-        return cls(control, file, processes, lanes)
+        return board
+
+    @classmethod
+    def _mapped(
+        cls, control: Control, file: BinaryIO, processes: Sequence[tuple[int, int | None]], lanes: int
+    ) -> tuple[Board | None, str]:
+        """The board in `file`, or why there is none."""
+        try:
+            return cls(control, file, processes, lanes), ""
+        except (OSError, ValueError) as error:
+            file.close()
+            return None, f"the board cannot be mapped: {error}"
 
     # ---- counters
 
@@ -289,10 +307,27 @@ def _size(control: Control, lanes: int) -> int:
     return control.world.size * _width(lanes) * 8 + _DECISION * 8 + _MOST_TEXT
 
 
+def _made(num_bytes: int) -> tuple[int, str]:
+    """A file in memory of so many bytes, which are 0; or -1 and why there is none."""
+    try:
+        file = os.memfd_create("refit-board")
+    except OSError as error:
+        return -1, f"no board can be made: {error}"
+    try:
+        os.ftruncate(file, num_bytes)
+    except OSError as error:
+        os.close(file)
+        return -1, f"no board of {num_bytes} bytes can be made: {error}"
+    return file, ""
+
+
 def _opened(
     processes: Sequence[tuple[int, int | None]], pid: int, number: int, inode: int
 ) -> tuple[BinaryIO | None, str]:
-    """File `inode` that process `pid` has open under `number`, or why ranks cannot share it."""
+    """File `inode` that process `pid` has open under `number`, or why ranks cannot share it; that it could not make one
+    is for that process to say."""
+    if number < 0:
+        return None, ""
     if platform.machine() != "x86_64":
         return None, f"on {platform.machine()}, ranks may see each other's counters before what was done"
     strange = next((p for p, born in set(processes) if born is None or _born(p) != born), None)

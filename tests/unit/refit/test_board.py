@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
+import itertools
+import mmap
 import os
 import signal
 import time
@@ -169,6 +173,36 @@ def test_one_rank_that_cannot_is_named_to_all():
     with pytest.raises(OSError, match=r"generator 1 \(rank 2\): the board of process"):
         Board.open(Control(0, WORLD, ranks.store, 10))
     assert ranks.codes() == {1: 0, 2: 0}
+
+
+@contextlib.contextmanager
+def nothing_left():
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["os.memfd_create", "os.ftruncate"])
+def test_a_board_that_cannot_be_made_is_named_to_all(name, monkeypatch):
+    def full(*_):
+        raise OSError(28, "no space")
+
+    with nothing_left():
+        refused(monkeypatch, name, full, r"trainer 0 \(rank 0\): no board .*can be made: .* no space")
+
+
+def test_a_board_that_one_rank_cannot_map_is_named_to_all(monkeypatch):
+    maps, made = mmap.mmap, itertools.count()
+
+    def second_fails(*given):
+        if next(made):
+            raise OSError(12, "no memory")
+        return maps(*given)
+
+    with nothing_left():
+        refused(monkeypatch, "mmap.mmap", second_fails, r"\(rank [01]\): the board cannot be mapped: .* no memory")
 
 
 def test_the_first_of_many_answers_is_everyones():
