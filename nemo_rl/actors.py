@@ -167,7 +167,7 @@ class RefitGroup:
         return self._options.deadline_s * 2 + 10
 
     def connect(self) -> str:
-        """Connect all ranks, then declare, plan and agree. Returns the plan, described.
+        """Connect all ranks, then declare, plan and agree. Returns what the first trainer says of it.
 
         Every time over a store of its own: an earlier one keeps what sessions wrote, that they failed included.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import ray
@@ -28,12 +29,38 @@ def trainer_env() -> dict[str, str]:
     }
 
 
+class Heard(logging.Handler):
+    """What the refit says of itself, for a driver to log: an actor's own log is on its node, where nobody looks.
+
+    Attributes:
+        lines: since it was made, until it is closed.
+    """
+
+    _SAYS = logging.getLogger("nemo_rl.refit")
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        self._SAYS.addHandler(self)
+        self._level = self._SAYS.level
+        self._SAYS.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def close(self) -> None:
+        self._SAYS.removeHandler(self)
+        self._SAYS.setLevel(self._level)
+        super().close()
+
+
 class TrainerActor:
     """One trainer rank. The trainer ranks make the same calls in the same order."""
 
     def __init__(self) -> None:
         self._policy: MegatronPolicy | None = None
         self._session: RefitSession | None = None
+        self._heard: Heard | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port of it that is free, where the trainers can meet."""
@@ -67,15 +94,28 @@ class TrainerActor:
         """Join a refit world as its trainer of this rank; an earlier session is closed."""
         self.refit_close()
         policy = self._ready
-        rank = world.trainers[policy.rank]
+        rank, self._heard = world.trainers[policy.rank], Heard()
         self._session = RefitSession(rank, world, store, options, source=policy.source(), device=policy.device)
         self._session.connect()
 
     def refit_plan(self) -> str:
-        """Declare, plan and agree; the plan, described. Weights that are not the checkpoint's may refuse it."""
+        """Declare, plan and agree. Weights that are not the checkpoint's may refuse it.
+
+        Returns what was said since `refit_connect`: on the first trainer the plan, the transport, what was predicted
+        for it and the others, and which ones are not possible.
+        """
         session = self._connected
         problems = self._ready.weight_problems() if session.options.verify_against_checkpoint else ()
-        return session.plan(problems).describe()
+        session.plan(problems)
+        return "\n".join(self._hush())
+
+    def _hush(self) -> list[str]:
+        """Listen no more; what was heard."""
+        heard, self._heard = self._heard, None
+        if heard is None:
+            return []
+        heard.close()
+        return heard.lines
 
     def refit_prepare(self, version: int) -> None:
         """What a refit does before it needs generators at rest. Raises RefitError."""
@@ -87,6 +127,7 @@ class TrainerActor:
 
     def refit_close(self) -> None:
         """Leave the refit world; idempotent."""
+        self._hush()
         if self._session is not None:
             self._session.close()
             self._session = None

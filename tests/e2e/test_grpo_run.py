@@ -87,7 +87,8 @@ def test_dense_run_and_what_it_leaves(models: Path, tmp_path: Path) -> None:
     assert (folder / "summary.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").iterdir())
     assert load_config(folder / "config.yaml", [], {}).grpo.max_num_steps == 4
-    assert "refit plan" in (folder / "run.log").read_text()
+    said = (folder / "run.log").read_text()
+    assert "refit plan" in said and "; predicted: peer" in said
 
 
 @pytest.mark.slow
