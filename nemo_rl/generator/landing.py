@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from nemo_rl.refit.trace import Trace, TracedRow
 
 log = logging.getLogger(__name__)
 IN_PLACE = -1
+Form: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Layouts:
         in_place: modules that must be processed again although their bytes land in live storage.
         constant: modules that no tensor fills and that processing makes from constants.
         misc: tensors that the engine's own loader takes.
-        live: live parameters that rows of unit -1 go into.
+        live: live parameters that rows of unit -1 go into, with the form that rows were traced for.
         needs: module -> tensors that it is made of, as far as rows tell; every module that the loader fills is a key.
         padding: live parameter -> byte ranges that no tensor fills and that dummy weights left random.
     """
@@ -49,7 +50,7 @@ class Layouts:
     in_place: tuple[str, ...]
     constant: tuple[str, ...]
     misc: Mapping[str, str]
-    live: tuple[str, ...]
+    live: Mapping[str, Form]
     needs: Mapping[str, frozenset[str]]
     padding: Mapping[str, tuple[tuple[int, int], ...]]
 
@@ -135,7 +136,7 @@ class VllmLanding:
             in_place=tuple(found.in_place),
             constant=tuple(name for name in found.staged if name in alone),
             misc=misc,
-            live=tuple(dict.fromkeys(r.param for r in rows if _module_of(r.param) not in number)),
+            live={r.param: _form(self._tensor(r.param)) for r in rows if _module_of(r.param) not in number},
             needs={name: frozenset(fqns) for name, fqns in needs.items()},
             padding={p: r for p, r in trace.padding.items() if dummy and _module_of(p) not in number},
         )
@@ -255,10 +256,19 @@ class VllmLanding:
     # ---- helpers
 
     def _in_place(self, layouts: Layouts) -> tuple[Mapping[str, int], Mapping[int, torch.Tensor]]:
-        """(parameter -> address, row -> view) of unit -1: the same mappings again while no storage moved."""
+        """(parameter -> address, row -> view) of unit -1: the same mappings again while no storage moved.
+
+        Raises RuntimeError where a parameter was replaced by one in another form: views would say what it is not.
+        """
         live = {name: self._tensor(name) for name in layouts.live}
         places = {name: tensor.data_ptr() for name, tensor in live.items()}
         if places != self._live[0]:
+            changed = [name for name, tensor in live.items() if _form(tensor) != layouts.live[name]]
+            if changed:
+                raise RuntimeError(
+                    f"{', '.join(changed[:8])} no longer has the shape, strides and type that the loader fills; make a "
+                    "new session after the engine changed its parameters"
+                )
             mine = {i: row for i, row in enumerate(layouts.rows) if layouts.units[i] == IN_PLACE}
             self._live = places, {i: view_of(live[row.param], row) for i, row in mine.items()}
         return self._live
@@ -283,6 +293,10 @@ class VllmLanding:
     def _tensor(self, name: str) -> torch.Tensor:
         module, _, attribute = name.rpartition(".")
         return compat.own_tensors(self._modules[module])[attribute]
+
+
+def _form(tensor: torch.Tensor) -> Form:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _module_of(param: str) -> str:

@@ -107,6 +107,8 @@ def refusals(engine: VllmEngine, path: str) -> dict[str, bool]:
     last = natural_order(tensors)[-1]
     others = {name: tensor for name, tensor in tensors.items() if name != last}
     attempt("a tensor left out", last, lambda landing: landing.load_misc(others.items()))
+    said = engine._llm.collective_rpc(replaced, args=(path,))
+    found["a parameter in another form"] = all("embed_tokens.weight no longer has the shape" in text for text in said)
     found["views stay as long as storage"] = engine._llm.collective_rpc(live_views, args=(path,)) == [[True, False]]
     return found
 
@@ -128,6 +130,24 @@ def live_views(worker: Any, path: str) -> list[bool]:
         same.append(views is first)
     inner(worker)._refit_landing = None
     return same
+
+
+def replaced(worker: Any, path: str) -> str:
+    """In a worker: what a landing says of a parameter that was copied into other strides, as kernels may want them."""
+    inner(worker)._refit_landing = None
+    landing, model = inner(worker).refit_landing(), inner(worker).model_runner.get_model()
+    landing.declare(table_of(load_file(f"{path}/model.safetensors")))
+    landing.begin(1)
+    embedding = model.model.embed_tokens.weight
+    before, embedding.data = embedding.data, embedding.data.t().contiguous().t()
+    try:
+        landing.open(-1)
+        return ""
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        embedding.data = before
+        inner(worker)._refit_landing = None
 
 
 def sessions(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
