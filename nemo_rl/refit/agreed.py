@@ -65,6 +65,8 @@ def agree_on(
     pipeline = Pipeline(plan, rank, link.channel, options.num_streams, device)
     setting = Setting(plan, rank, device, control, pipeline, sources, landings)
     verifier = Verifier(plan, rank, sources, device) if options.verify else None
+    if verifier is not None:
+        control.make_room("agree", verifier.statement_bytes)
     arrivals = Arrivals(plan, plan.bulk, rank, landings[rank], device) if rank in landings else None
     mover = choice.transport.mover(setting)
     try:

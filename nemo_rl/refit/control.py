@@ -104,13 +104,17 @@ class Control:
             self._forget(len(self._written) - 1)
         return said
 
-    def meet(self, phase: str, words: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    def meet(
+        self, phase: str, words: Sequence[int] = (), meanwhile: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, ...]]:
         """All ranks come here, each with as many words (signed, 64 bits): what each brought, by rank.
 
-        A board has room for `MOST_WORDS` of them. Raises as `gather`.
+        A board has room for `MOST_WORDS` of them. `meanwhile` is called once: where there is a board, others know by
+        then that this rank came. Raises as `gather`.
         """
         if self.board is not None:
-            return self.board.meet(phase, words)
+            return self.board.meet(phase, words, meanwhile)
+        meanwhile()
         packed = struct.Struct(f"{len(words)}q")
         told = self.gather(phase, packed.pack(*words))
         return [packed.unpack(told[rank]) for rank in range(self.world.size)]
@@ -131,7 +135,7 @@ class Control:
         """
         ticket = self.ticket()
         self._post(ticket, {str(reader): payload for reader, payload in outgoing.items()})
-        said = self.collect(ticket, phase, ranks, look)
+        said = self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase, look)
         self.end(ticket)
         return said
 
@@ -143,9 +147,23 @@ class Control:
         self._sequence += 1
         return self._sequence
 
+    def make_room(self, phase: str, num_bytes: int) -> None:
+        """All ranks come here before they `post`, each with the most bytes that it will give others under one ticket.
+
+        Raises as `gather`.
+        """
+        if self.board is not None:
+            self.board.make_room(phase, num_bytes)
+
     def post(self, ticket: int, outgoing: Mapping[int, bytes]) -> None:
-        """Give each rank of `outgoing` a payload of its own, and all ranks to know that this one has posted."""
-        self._post(ticket, {**{str(reader): payload for reader, payload in outgoing.items()}, "": b""})
+        """Give each rank of `outgoing` a payload of its own, and all ranks to know that this one has posted.
+
+        Where ranks have a board, a payload stays until this rank posts again: no earlier than behind the next meeting.
+        """
+        if self.board is not None:
+            self.board.write(ticket, outgoing)
+        else:
+            self._post(ticket, {**{str(reader): payload for reader, payload in outgoing.items()}, "": b""})
 
     def _post(self, ticket: int, payloads: Mapping[str, bytes]) -> None:
         for reader, payload in payloads.items():
@@ -154,17 +172,25 @@ class Control:
 
     def posted(self, ticket: int, ranks: Iterable[int]) -> bool:
         """Whether all of `ranks` have posted, without waiting."""
+        if self.board is not None:
+            return all(self.board.seen(r, self.board.written) >= ticket for r in ranks)
         return bool(self.store.check([f"{ticket}/{r}/" for r in ranks]))
 
     def await_posts(self, ticket: int, phase: str, ranks: Iterable[int]) -> None:
         """Wait until all of `ranks` have posted. Raises as `gather`."""
-        self._await({r: f"{ticket}/{r}/" for r in ranks}, phase)
+        if (board := self.board) is not None:
+            end = time.monotonic() + self.deadline_s
+            board.wait(dict.fromkeys(ranks, ticket), phase, end, board.written, self.idle)
+        else:
+            self._await({r: f"{ticket}/{r}/" for r in ranks}, phase)
 
-    def collect(
-        self, ticket: int, phase: str, ranks: Iterable[int], look: Callable[[], None] = lambda: None
-    ) -> dict[int, bytes]:
-        """Wait for what `ranks` have for this rank. `look` and errors are those of `exchange`."""
-        return self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase, look)
+    def collect(self, ticket: int, phase: str, ranks: Iterable[int]) -> dict[int, bytes]:
+        """Wait for what `ranks` have for this rank. Raises as `gather`."""
+        wanted = sorted(ranks)
+        if self.board is not None:
+            self.await_posts(ticket, phase, wanted)
+            return {r: self.board.letter(r) for r in wanted}
+        return self._await({r: f"{ticket}/{r}/{self.rank}" for r in wanted}, phase)
 
     def end(self, ticket: int) -> None:
         """What this rank posted may be deleted when all ranks have come to the next gather or meeting."""

@@ -90,16 +90,17 @@ def statement(plan: RefitPlan, transport: str, options: RefitOptions) -> dict[st
     }
 
 
-def agree(control: Control, mine: Mapping[str, Any]) -> None:
+def agree(control: Control, mine: Mapping[str, Any], meanwhile: Callable[[], None] = lambda: None) -> None:
     """All ranks that say something of an item say the same, or nobody enters a transfer.
 
     Args:
         mine: items, the same ones in the same order on all ranks; None where this rank says nothing of one.
+        meanwhile: called once, while others come.
 
     Raises:
         AgreementError: naming every rank and item that differs from what the first trainer says.
     """
-    said = control.meet("agree", [_word(value) for value in mine.values()])
+    said = control.meet("agree", [_word(value) for value in mine.values()], meanwhile)
     meant = said[control.world.trainers[0]]
     if any(word not in (0, want) for words in said for word, want in zip(words, meant, strict=True)):
         _refuse(control, mine)

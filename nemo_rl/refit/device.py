@@ -25,7 +25,7 @@ _CLOSELY_S = 2e-4
 """For so long waits look without a pause: a sleep takes longer than what is about to end."""
 
 _SIDE: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of `beside`
-_ALL: dict[torch.device, tuple[torch.cuda.Event, Any, Any]] = {}  # of `quiesce`: with handles of context and event
+_ALL: dict[torch.device, tuple[torch.cuda.Event, Any, Any]] = {}  # of `await_rest`: with handles of context and event
 
 
 def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: None) -> None:
@@ -58,15 +58,15 @@ def await_event(done: torch.cuda.Event, what: str, end: float, look: Callable[[]
         pause = min(2 * pause, 2e-4)
 
 
-def quiesce(device: torch.device, end: float) -> None:
-    """Until all that this process started on `device` is done, on whichever stream. Raises as `finish`."""
+def await_rest(device: torch.device) -> Callable[[float], None]:
+    """What waits, until a deadline (monotonic), for all that this process has started on `device` before, on whichever
+    stream. It raises as `finish`."""
     if device.type != "cuda":
-        return
+        return lambda end: None
     what = f"what this process started on {device}"
     if (done := _behind_all(device)) is not None:
-        await_event(done, what, end)
-        return
-    within(max(end - time.monotonic(), 0.0), lambda: torch.cuda.synchronize(device), what)
+        return lambda end: await_event(done, what, end)
+    return lambda end: within(max(end - time.monotonic(), 0.0), lambda: torch.cuda.synchronize(device), what)
 
 
 def within(deadline_s: float, work: Callable[[], None], what: str) -> None:

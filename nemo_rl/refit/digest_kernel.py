@@ -15,6 +15,7 @@ import triton.language as tl
 
 from nemo_rl.refit.digest import HIGH_HALF
 from nemo_rl.refit.digest_planes import NUM_FIELDS, Located, planes_of, tiles_of
+from nemo_rl.refit.repeated import Repeated
 
 _ROWS, _COLS = 64, 512  # of a tile
 _STEP = 2  # rows that a program holds in registers at a time
@@ -31,6 +32,7 @@ class KernelBatch:
     def __init__(self, device: torch.device, pieces: Sequence[Located]) -> None:
         self._device = device
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._launches: dict[int, list[Repeated]] = {}  # address of digests -> one for each item size
         for item in sorted({size for some in pieces for size in some.item.tolist()}):
             planes = np.concatenate([planes_of(some.take(np.flatnonzero(some.item == item))) for some in pieces])
             if len(planes):
@@ -41,11 +43,17 @@ class KernelBatch:
 
     def launch(self, out: torch.Tensor) -> None:
         """Add each piece's digest to `out[number]` (int64, here 0) on the device's current stream; does not wait."""
+        if out.data_ptr() not in self._launches:
+            self._launches[out.data_ptr()] = [
+                self._repeated(item, *tables, out) for item, tables in self._tables.items()
+            ]
         with torch.cuda.device(self._device):
-            for item, (planes, tiles) in self._tables.items():
-                _digest_tiles[(len(tiles),)](
-                    planes, tiles, out, item, _ROWS, _STEP, _COLS, NUM_FIELDS, HIGH_HALF, num_warps=_WARPS
-                )
+            for launch in self._launches[out.data_ptr()]:
+                launch()
+
+    def _repeated(self, item: int, planes: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor) -> Repeated:
+        constants = item, _ROWS, _STEP, _COLS, NUM_FIELDS, HIGH_HALF
+        return Repeated(_digest_tiles, len(tiles), planes, tiles, out, *constants, num_warps=_WARPS)
 
 
 @triton.jit

@@ -225,7 +225,7 @@ class _Run:
             arrivals = Arrivals(self._plan, self._plan.misc, self._rank, whole, self._device)
             tracker = Tracker(self._plan, self._plan.misc, arrivals, sink, verify=False)
         left = self._end - time.monotonic()
-        self._traffic = self._messages.run(self._plan.misc, self._src_view, tracker, left)
+        self._traffic = self._messages.run(self._plan.misc, self._src_view, tracker, False, left)
         if tracker is not None:
             self._traffic.sent_bytes += sink.sent_bytes
             self._traffic.staging_bytes += sink.staging_bytes

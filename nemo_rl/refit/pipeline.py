@@ -208,9 +208,6 @@ class Tracker:
 
     def digest_in_place(self) -> None:
         """Read what landed in final storage, once this version writes no more; nothing if all of it was read."""
-        if not self._verify:
-            self._views.clear()
-            return
         for pieces in self._postponed:
             if not pieces.all_taken(self.ledger):
                 pieces.take(self.rows(IN_PLACE), self.ledger)
@@ -271,11 +268,16 @@ class Pipeline:
         self._out = Slots(self.num_streams, self.device)
         self._in = Slots(self.num_streams, self.device)
 
+    def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
+        """Messages say all that others have to know."""
+        return False
+
     def run(
         self,
         copies: CopyTable,
         src_view: Callable[[int, Region], torch.Tensor],
         tracker: Tracker | None,
+        news: bool,
         deadline_s: float,
     ) -> Traffic:
         """Send and receive this rank's messages of `copies`.
@@ -283,6 +285,7 @@ class Pipeline:
         Args:
             src_view: (source row, region) -> view of exactly that region in this rank's storage.
             tracker: where copies land; None for a rank that receives nothing.
+            news: of no use here.
             deadline_s: for the whole run.
 
         Raises:

@@ -13,7 +13,7 @@ from nemo_rl.refit.agreed import Agreed, agree_on
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, agree_still, share_declarations, share_sources
-from nemo_rl.refit.device import finish, quiesce
+from nemo_rl.refit.device import await_rest, finish
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
 from nemo_rl.refit.layout import Holding, Layout, SourceViews, departure
@@ -151,14 +151,29 @@ class RefitSession:
         `refit` of the same version goes on from here, and does this part itself where nobody asked for it. Every rank
         prepares, or none. Returns seconds by phase. Arguments and errors are those of `refit`.
         """
-        self._phase_s = {}
+        self._agree_to(version, num_steps, engines_serve=True)
+        with self._guarded("digest"):
+            if self._source is not None and self._agreed.verifier is not None:
+                self._prepared = version, num_steps, self._agreed.verifier.look(self._holdings)
+        return dict(self._phase_s)
+
+    def _agree_to(self, version: int, num_steps: int | None, engines_serve: bool) -> None:
+        """All ranks refit the same; this one's weights are complete, and their storage is known."""
+        self._phase_s, rest = {}, []
+
+        def meanwhile() -> None:
+            if self._source is not None or not engines_serve:  # whose driver answers sooner when it is asked again
+                rest.append(await_rest(self._device))
+            self._find_source()
+
         with self._guarded("agree"):
             self._check_version(version)
             said = {"plan digest": self._agreed.plan.digest, "version": version, "optimizer steps": num_steps}
-            agree(self._link.control, said)
+            agree(self._link.control, said, meanwhile)
         with self._guarded("digest"):
-            self._prepared = version, num_steps, self._look()
-        return dict(self._phase_s)
+            if self._source is not None:
+                rest[0](time.monotonic() + self._data_s)
+            self._prepared = version, num_steps, None
 
     def refit(self, version: int, num_steps: int | None = None) -> RefitReport:
         """Move the trainers' weights into the generators and commit them as `version`.
@@ -177,23 +192,18 @@ class RefitSession:
         """
         started, memory = time.monotonic(), PeakRss() if self.options.measure_memory else None
         if self._prepared is None or self._prepared[0] != version:
-            self.prepare(version, num_steps)
+            self._agree_to(version, num_steps, engines_serve=False)
         assert self._prepared is not None
         (_, steps, first), self._prepared = self._prepared, None
         with self._guarded("begin"):
             agree_still(self.rank, steps, num_steps)
-            self._begin(version)
+            tracker, news = self._begin(version)
             self._agreed.lane.begin(self._src_view, self._data_s)
         with self._guarded("transfer"):
             watch = self._watch(first)
-            bulk, tracker = self._move_bulk()
-            finish(self._device, time.monotonic() + self._data_s)
-        with self._guarded("misc"):
-            misc, whole = self._agreed.lane.load(self._landing)
-            if self._agreed.plan.misc_fqns:
-                finish(self._device, time.monotonic() + self._data_s)
-        with self._guarded("verify"):
-            self._verify(watch, tracker, whole)
+            bulk = self._move_bulk(tracker, news)
+        misc, whole = self._load_misc()
+        self._verify(watch, tracker, whole)
         with self._guarded("commit"):
             self._commit(version)
         report = self._report(version, time.monotonic() - started, bulk, misc, memory)
@@ -219,14 +229,13 @@ class RefitSession:
                 remedy="refit with a version above the committed one",
             )
 
-    def _look(self) -> Ledger | None:
-        """Find the source's storage again, and start to look at it where this rank has one and verifies."""
+    def _find_source(self) -> None:
+        """Where there is one, find its storage again."""
         if self._source is None:
-            return None
-        quiesce(self._device, time.monotonic() + self._data_s)
+            return
         fresh = list(self._source.holdings())
         if fresh == self._holdings:  # the same objects
-            return self._digest_source()
+            return
         if strange := departure(fresh, self._holdings):
             raise AgreementError(
                 f"the source holds other regions or dtypes than it declared: {strange}",
@@ -235,7 +244,6 @@ class RefitSession:
                 remedy="remake the session after the model or its layout changed",
             )
         self._hold(fresh, "digest")
-        return self._digest_source()
 
     def _hold(self, holdings: list[Holding], phase: str) -> None:
         away = next((h for h in holdings if h.view.device != self._device), None)
@@ -248,31 +256,34 @@ class RefitSession:
             )
         self._holdings, self._src_view = holdings, SourceViews(holdings)
 
-    def _digest_source(self) -> Ledger | None:
-        return None if self._agreed.verifier is None else self._agreed.verifier.look(self._holdings)
-
-    def _begin(self, version: int) -> None:
-        """Close the engine, and wait until all ranks have."""
+    def _begin(self, version: int) -> tuple[Tracker | None, bool]:
+        """Close the engine, make ready, and wait until all ranks did: where bytes land, and whether ranks have news."""
+        tracker, agreed = None, self._agreed
         if self._landing is not None:
             self._touched = True
             self._landing.begin(version)
-            quiesce(self._device, time.monotonic() + self._data_s)
-        self._link.control.meet("begin")
+            rest = await_rest(self._device)
+            assert agreed.arrivals is not None
+            tracker = Tracker(agreed.plan, agreed.plan.bulk, agreed.arrivals, self._landing, self.options.verify)
+        news = agreed.mover.ready(self._src_view, tracker)
+        if self._landing is not None:
+            rest(time.monotonic() + self._data_s)
+        return tracker, any(other for (other,) in self._link.control.meet("begin", (news,)))
 
     def _watch(self, first: Ledger | None) -> Watch | None:
         """What looks at sources while bytes move: whenever this rank waits for others."""
         verifier, control = self._agreed.verifier, self._link.control
         if verifier is None:
             return None
-        watch = Watch(verifier, control, first, self._holdings)
+        watch = Watch(verifier, control, None if self._source is None else self._holdings, first)
+        if not self._agreed.choice.transport.one_sided:  # messages keep this rank busy; elsewhere copies go first
+            watch.look()
         control.rest(watch.step)
         return watch
 
-    def _move_bulk(self) -> tuple[Traffic, Tracker | None]:
-        agreed, tracker = self._agreed, None
-        if self._landing is not None and agreed.arrivals is not None:
-            tracker = Tracker(agreed.plan, agreed.plan.bulk, agreed.arrivals, self._landing, self.options.verify)
-        traffic = agreed.mover.run(agreed.plan.bulk, self._src_view, tracker, self._data_s)
+    def _move_bulk(self, tracker: Tracker | None, news: bool) -> Traffic:
+        agreed = self._agreed
+        traffic = agreed.mover.run(agreed.plan.bulk, self._src_view, tracker, news, self._data_s)
         if tracker is not None and tracker.unfinished:
             raise TransferError(
                 f"landing units {tracker.unfinished} (unit: copies) are incomplete",
@@ -282,13 +293,26 @@ class RefitSession:
             )
         if tracker is not None:
             tracker.pass_empty_units()
-        return traffic, tracker
+        if not agreed.choice.transport.one_sided or not (tracker is None or tracker.arrivals.final):
+            finish(self._device, time.monotonic() + self._data_s)  # elsewhere all is there already
+        return traffic
+
+    def _load_misc(self) -> tuple[Traffic, Ledger]:
+        """What travels whole, if any does: what moved, and digests of what arrived."""
+        if not self._agreed.plan.misc_fqns:
+            return Traffic(), Ledger(0)
+        with self._guarded("misc"):
+            loaded = self._agreed.lane.load(self._landing)
+            finish(self._device, time.monotonic() + self._data_s)
+        return loaded
 
     def _verify(self, watch: Watch | None, tracker: Tracker | None, whole: Ledger) -> None:
-        """Compare what landed, `whole` tensors included, with what trainers held."""
-        if tracker is not None:
-            tracker.digest_in_place()
-        if self._agreed.verifier is not None and watch is not None:
+        """Compare what landed, `whole` tensors included, with what trainers held, where the options ask for it."""
+        if self._agreed.verifier is None or watch is None:
+            return
+        with self._guarded("verify"):
+            if tracker is not None:
+                tracker.digest_in_place()
             self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
             self._link.control.rest()
 

@@ -27,7 +27,6 @@ from nemo_rl.refit.device import beside
 from nemo_rl.refit.digest import Ledger, Piece, Pieces
 from nemo_rl.refit.errors import VerificationError
 from nemo_rl.refit.layout import Holding, Layout
-from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable, RefitPlan
 from nemo_rl.refit.region import Region
 
@@ -103,32 +102,67 @@ class _Landed:
         return cls(copies, index, {peer: np.flatnonzero(copies.src_rank[index] == peer) for peer in peers})
 
 
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """The digests that a trainer has for one rank, int64, each part in an order that both know: of bulk copies and of
+    whole tensors that it sent, and of boxes that both hold. As bytes: how many of each, then the digests."""
+
+    bulk: np.ndarray
+    misc: np.ndarray
+    shared: np.ndarray
+
+    @staticmethod
+    def head(*parts: np.ndarray) -> bytes:
+        """What comes before the digests of `parts`."""
+        return np.array([len(part) for part in parts], np.int64).tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Statement:
+        """Raises ValueError where the bytes are truncated or too many."""
+        counts = np.frombuffer(data[: len(data) // 8 * 8], np.int64)[:3].tolist()
+        if len(counts) != 3 or min(counts) < 0 or len(data) != 8 * (3 + sum(counts)):
+            raise ValueError(f"{len(data)} bytes of digests do not decode")
+        return cls(*np.split(np.frombuffer(data, np.int64, offset=24), np.cumsum(counts[:2])))
+
+
 class Watch:
     """One rank's looks at sources in one refit, and what trainers say of them; every rank makes one each time.
 
     Args:
         verifier: of the plan.
         control: of the session.
-        first: this rank's first look; None on a rank that is no trainer.
-        holdings: what `first` looked at.
+        holdings: what this rank looks at; None on a rank that is no trainer.
+        first: its first look; None where it has not looked yet.
 
     Attributes:
         expected: see `Verifier.expected`; None until trainers were heard.
     """
 
-    def __init__(self, verifier: Verifier, control: Control, first: Ledger | None, holdings: Sequence[Holding]) -> None:
+    def __init__(
+        self, verifier: Verifier, control: Control, holdings: Sequence[Holding] | None, first: Ledger | None = None
+    ) -> None:
         self._verifier, self._control, self._holdings = verifier, control, holdings
         self._first = first
         self._second: Ledger | None = None
-        self._held: np.ndarray | None = None
+        self._held: np.ndarray | None = None  # what the first look saw
+        self._again: np.ndarray | None = None  # and the second
         self._said: Mapping[int, bytes] | None = None
         self.expected: np.ndarray | None = None
         self._ticket, self._started_s, self._next_s = control.ticket(), time.monotonic(), 0.0
 
+    def look(self) -> None:
+        """Take the first look, if it was not taken; does not wait."""
+        if self._first is None and self._holdings is not None:
+            self._first = self._verifier.look(self._holdings)
+            self._verifier.fetch(self._first)
+
     def step(self) -> None:
         """Go on as far as is possible without waiting; called as often as one likes, it seldom asks the store."""
         if self._said is not None:
+            if self._second is not None and self._again is None and self._second.fetched:
+                self._again = self._second.read()
             return
+        self.look()
         if self._first is not None and self._held is None:
             self._verifier.fetch(self._first)
             if not self._first.fetched:
@@ -145,6 +179,7 @@ class Watch:
 
         Raises as `Control.gather`.
         """
+        self.look()
         if self._first is not None:
             self._say(self._first)
         if self._said is None:
@@ -155,11 +190,13 @@ class Watch:
         self._control.end(self._ticket)
         if self._held is None or self._second is None:
             return None, self._said
-        return (self._held, self._second.read(self._control.deadline_s)), self._said
+        if self._again is None:
+            self._again = self._second.read(self._control.deadline_s)
+        return (self._held, self._again), self._said
 
     def _go_on(self) -> None:
         """All trainers have said what their first look saw: look again, and hear them."""
-        if self._first is not None:
+        if self._holdings is not None:
             self._second = self._verifier.look(self._holdings)
             self._verifier.fetch(self._second)
         self._said = self._control.collect(self._ticket, "verify", self._verifier.peers)
@@ -272,17 +309,13 @@ class Verifier:
         found = np.zeros(len(bulk.index), np.int64)
         for peer in self.peers:
             try:
-                _, want = unpack(said[peer])
+                want = Statement.from_bytes(said[peer])
             except ValueError:
                 return None
             numbers = bulk.of_peer[peer]
-            if (
-                len(want["bulk"]) != len(numbers)
-                or len(want["misc"])
-                or self._unequal_shared(peer, want["shared"], held)
-            ):
+            if len(want.bulk) != len(numbers) or len(want.misc) or self._unequal_shared(peer, want.shared, held):
                 return None
-            found[numbers] = want["bulk"]
+            found[numbers] = want.bulk
         return found
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> list[str]:
@@ -298,20 +331,27 @@ class Verifier:
         return wrong
 
     def statements(self, held: np.ndarray) -> dict[int, bytes]:
-        """What this trainer says to each rank that compares something with it."""
+        """What this trainer says to each rank that compares something with it: a `Statement`."""
+        return {peer: head + held[numbers].tobytes() for peer, (head, numbers) in self._addressed.items()}
+
+    @property
+    def statement_bytes(self) -> int:
+        """Of all that this rank says in one refit."""
+        return sum(len(head) + numbers.nbytes for head, numbers in self._addressed.values())
+
+    @cached_property
+    def _addressed(self) -> Mapping[int, tuple[bytes, np.ndarray]]:
+        """Peer -> head of what this rank says to it, and the pieces whose digests follow."""
         everyone = self._plan.world.generators
         peers = np.union1d(self._bulk.peer, self._told.peer)
         if len(self._misc.number):
             peers = np.union1d(peers, everyone)
-        said = {}
+        addressed = {}
         for peer in peers.tolist():
-            numbers = {
-                "bulk": self._bulk.with_peer(peer),
-                "misc": self._misc.number if peer in everyone else self._misc.number[:0],
-                "shared": self._told.with_peer(peer),
-            }
-            said[peer] = pack(None, {name: held[number] for name, number in numbers.items()})
-        return said
+            misc = self._misc.number if peer in everyone else self._misc.number[:0]
+            parts = self._bulk.with_peer(peer), misc, self._told.with_peer(peer)
+            addressed[peer] = Statement.head(*parts), np.concatenate(parts)
+        return addressed
 
     @property
     def trainers(self) -> tuple[int, ...]:
@@ -347,14 +387,14 @@ class Verifier:
         """
         wrong: list[str] = []
         landed = (
-            ("bulk", self._landing[0], bulk.read(), bulk.taken),
-            ("misc", self._landing[1], misc.read(), misc.taken),
+            (self._landing[0], bulk.read(), bulk.taken),
+            (self._landing[1], misc.read(), misc.taken),
         )
         for peer in self.peers:
-            _, want = unpack(said[peer])
-            wrong += self._unequal_shared(peer, want["shared"], held)
-            for name, mine, got, taken in landed:
-                wrong += self._unequal(peer, want[name], mine, got, taken)
+            want = Statement.from_bytes(said[peer])
+            wrong += self._unequal_shared(peer, want.shared, held)
+            for sent, (mine, got, taken) in zip((want.bulk, want.misc), landed, strict=True):
+                wrong += self._unequal(peer, sent, mine, got, taken)
         return wrong
 
     def _unequal(self, peer: int, want: np.ndarray, mine: _Landed, got: np.ndarray, taken: np.ndarray) -> list[str]:

@@ -32,7 +32,7 @@ def busy(cycles: int) -> torch.Tensor:
 def test_work_on_another_stream_is_waited_for() -> None:
     out, host = busy(SECOND // 2), torch.zeros(4).pin_memory()
     started = time.monotonic()
-    device.quiesce(gpu(), started + 60)
+    device.await_rest(gpu())(started + 60)
     assert time.monotonic() - started > 0.05, "the GPU was busy"
     with torch.cuda.stream(torch.cuda.Stream()):  # which waits for nothing
         host.copy_(out, non_blocking=True)
@@ -44,10 +44,10 @@ def test_a_busy_gpu_is_a_timeout() -> None:
     busy(2 * SECOND)
     started = time.monotonic()
     with pytest.raises(TimeoutError, match="what this process started on cuda:0 was not done within the deadline"):
-        device.quiesce(gpu(), started + 0.05)
+        device.await_rest(gpu())(started + 0.05)
     assert time.monotonic() - started < 0.5, "the deadline ended the wait, not the GPU"
     torch.cuda.synchronize()
-    device.quiesce(gpu(), time.monotonic() + 1)
+    device.await_rest(gpu())(time.monotonic() + 1)
 
 
 def test_an_idle_gpu_costs_microseconds() -> None:
@@ -55,6 +55,6 @@ def test_an_idle_gpu_costs_microseconds() -> None:
     took = []
     for _ in range(200):
         started = time.monotonic()
-        device.quiesce(gpu(), started + 1)
+        device.await_rest(gpu())(started + 1)
         took.append(time.monotonic() - started)
     assert statistics.median(took) < 2e-4

@@ -40,6 +40,9 @@ class Board:
         file: the shared memory, opened by this rank alone, which `close` closes.
         processes: (pid, time of its start) of each rank, by rank.
         lanes: counters a rank.
+
+    Attributes:
+        room: bytes that a rank's letters may have in all, those for all others together; see `make_room`.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class Board:
     ) -> None:
         self._control: Control = weakref.proxy(control)  # which holds this board: its store goes when it goes
         self._file, self._processes = file, processes
-        self._map = mmap.mmap(file.fileno(), _size(control, lanes))
-        self._words = memoryview(self._map).cast("q")
         self._width, self._lanes = _width(lanes), lanes
         self._everyone = range(control.world.size)
+        self._letters = _size(control, lanes)  # byte of the first one
+        self.room = 0
+        self._show(self._letters)
         self._eager_s = _SPARE_S if len(os.sched_getaffinity(0)) >= 2 * control.world.size else _SPIN_S
         self._meetings = self._decisions = 0
 
@@ -98,6 +102,10 @@ class Board:
         except (OSError, ValueError) as error:
             file.close()
             return None, f"the board cannot be mapped: {error}"
+
+    def _show(self, size: int) -> None:
+        self._map = mmap.mmap(self._file.fileno(), size)
+        self._words = memoryview(self._map).cast("q")
 
     # ---- counters
 
@@ -176,18 +184,21 @@ class Board:
 
     # ---- meetings and decisions
 
-    def meet(self, phase: str, words: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    def meet(
+        self, phase: str, words: Sequence[int] = (), meanwhile: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, ...]]:
         """See `Control.meet`."""
         assert len(words) <= MOST_WORDS
         self._meetings += 1
         # Two places in turn: who comes to the next meeting but one has seen that all have left this one.
-        place = self._lanes + 1 + MOST_WORDS * (self._meetings % 2)
+        place = self._lanes + 2 + MOST_WORDS * (self._meetings % 2)
         number, shared = self._meetings, self._words
         starts = [rank * self._width + place for rank in self._everyone]
         counts = [rank * self._width + self._lanes for rank in self._everyone]
         for i, word in enumerate(words, starts[self._control.rank]):
             shared[i] = word
         shared[counts[self._control.rank]] = number
+        meanwhile()
         awaited = {self._lanes: dict.fromkeys(self._everyone, number)}
         end = time.monotonic() + self._control.deadline_s
         self.until(lambda: all(shared[i] >= number for i in counts), awaited, phase, end)
@@ -205,8 +216,11 @@ class Board:
         self._decisions += 1
         at, asked = self._width * len(self._everyone), time.monotonic()
         start = 8 * (at + _DECISION)
-        while self._words[at] < self._decisions and not self._decided(answer, at, start):
+        patience = 0.0 if self._control.rank == self._control.world.trainers[0] else _SPIN_S  # one is sooner than many
+        while self._words[at] < self._decisions:
             waited = time.monotonic() - asked
+            if waited >= patience and self._decided(answer, at, start):
+                break
             if waited > self._control.deadline_s:
                 raise TransferError(
                     f"another rank was about to decide for {self._control.deadline_s:g} s",
@@ -244,6 +258,52 @@ class Board:
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
+    # ---- letters
+
+    def make_room(self, phase: str, num_bytes: int) -> None:
+        """All ranks come here, each with the most that its letters have, and have room for that. Raises as `wait`."""
+        said = self.meet(phase, (num_bytes,))
+        self.room = max(self.room, *(-(-num_bytes // 8) * 8 for (num_bytes,) in said))
+        size = self._letters + len(self._everyone) * self._letters_size
+        os.ftruncate(self._file.fileno(), size)  # all ranks to the same
+        self._words.release()
+        self._map.close()
+        self._show(size)
+
+    def write(self, ticket: int, letters: Mapping[int, bytes]) -> None:
+        """Put letters (reader -> bytes) where readers find them, in place of those before. Tickets grow.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        rank = self._control.rank
+        if (total := sum(map(len, letters.values()))) > self.room:
+            raise ValueError(f"rank {rank} has letters of {total} bytes, and there is room for {self.room}")
+        at = self._letters + rank * self._letters_size
+        table, start = at // 8, at + 16 * len(self._everyone)
+        for reader in self._everyone:
+            letter = letters.get(reader, b"")
+            self._words[table + 2 * reader], self._words[table + 2 * reader + 1] = start, len(letter)
+            self._map[start : start + len(letter)] = letter
+            start += len(letter)
+        self.post(ticket, self.written)  # last: until then, there are none
+
+    def letter(self, writer: int) -> bytes:
+        """What `writer` wrote to this rank, empty if nothing, once it has posted its ticket in the lane `written`."""
+        table = (self._letters + writer * self._letters_size) // 8 + 2 * self._control.rank
+        start = self._words[table]
+        return self._map[start : start + self._words[table + 1]]
+
+    @property
+    def written(self) -> int:
+        """The lane of the tickets of letters."""
+        return self._lanes + 1
+
+    @property
+    def _letters_size(self) -> int:
+        """Of one rank: place and bytes of each of its letters, then these."""
+        return 16 * len(self._everyone) + self.room
+
     # ---- failures
 
     def look(self, values: Mapping[int, int], phase: str, lane: int = 0) -> None:
@@ -280,8 +340,9 @@ class Board:
         self._file.close()
 
     def _at(self, rank: int, lane: int) -> int:
-        """Behind the lanes of a rank: the number of meetings that it came to, and two places for words it brought."""
-        assert 0 <= lane <= self._lanes, f"lane {lane} of {self._lanes}"
+        """Behind the lanes of a rank: the number of meetings that it came to, the ticket of its letters, and two places
+        for words that it brought to meetings."""
+        assert 0 <= lane <= self.written, f"lane {lane} of {self._lanes}"
         return rank * self._width + lane
 
     def _give_up(self, what: str, late: Mapping[int, int], phase: str, lane: int) -> None:
@@ -299,11 +360,11 @@ class Board:
 
 def _width(lanes: int) -> int:
     """Words from one rank's first to the next one's."""
-    return -(-(lanes + 1 + 2 * MOST_WORDS) // _LINE) * _LINE
+    return -(-(lanes + 2 + 2 * MOST_WORDS) // _LINE) * _LINE
 
 
 def _size(control: Control, lanes: int) -> int:
-    """Bytes: what each rank says, then what they decided."""
+    """Bytes without letters: what each rank says, then what they decided."""
     return control.world.size * _width(lanes) * 8 + _DECISION * 8 + _MOST_TEXT
 
 

@@ -57,7 +57,7 @@ class Carrier:
             starts: start the batches that this rank moves, one each, in their order.
             mark: what tells whether all that was started before is done.
             landed: called with the number of each step that landed here, once each; those of one mover in order.
-            idle: called between two batches and while there is nothing else to do.
+            idle: called while nothing can be started, and between two batches where starting one moves it.
             end: deadline (monotonic).
 
         Raises:
@@ -112,7 +112,8 @@ class Carrier:
             starts[number]()
             self._running.append((self._waiting.popleft(), mark()))
             self._tell()
-            idle()
+            if len(self._running) in (0, _MOST_RUNNING):  # otherwise the link is what has nothing to do yet
+                idle()
 
     def _tell(self) -> None:
         while self._running and self._running[0][1]():

@@ -28,11 +28,16 @@ class Golden:
         self._plan, self._rank, self._device = setting.plan, setting.rank, setting.device
         self._channel, self._sources = setting.messages.channel, setting.sources
 
+    def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
+        """See `Mover.ready`."""
+        return False
+
     def run(
         self,
         copies: CopyTable,
         src_view: Callable[[int, Region], torch.Tensor],
         tracker: Tracker | None,
+        news: bool,
         deadline_s: float,
     ) -> Traffic:
         """Move every tensor of `copies`; all ranks of the world call it.

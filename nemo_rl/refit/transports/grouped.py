@@ -72,11 +72,16 @@ class Grouped:
         self._proven = self._apart = False
         self._seen: Callable[[int, Region], object] | None = None
 
+    def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
+        """See `Mover.ready`."""
+        return False
+
     def run(
         self,
         copies: CopyTable,
         src_view: Callable[[int, Region], torch.Tensor],
         tracker: Tracker | None,
+        news: bool,
         deadline_s: float,
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming the peers, round and parameter that this rank waited for."""

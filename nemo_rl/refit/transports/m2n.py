@@ -167,25 +167,31 @@ class M2n:
         self._said: dict[int, Said] = {}
         self._calls: Sequence[tuple[Reshard, np.ndarray]] = ()
         self._rest: Grouped | None = None
+        self._news = b""
+
+    def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
+        """Find out where rows lie."""
+        self._news = self._say(src_view, tracker)
+        return bool(self._news)
 
     def run(
         self,
         copies: CopyTable,
         src_view: Callable[[int, Region], torch.Tensor],
         tracker: Tracker | None,
+        news: bool,
         deadline_s: float,
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming the tensor whose call failed."""
-        said = self._setting.control.gather("transfer", self._say(src_view, tracker))
-        fresh = {rank: Said.from_bytes(payload) for rank, payload in said.items() if payload}
-        if fresh or self._rest is None:
-            self._said |= fresh
+        if news or self._rest is None:
+            said = self._setting.control.gather("transfer", self._news)
+            self._said |= {rank: Said.from_bytes(payload) for rank, payload in said.items() if payload}
             self._rest = self._divide(copies)
         for call, lands in self._calls:
             self._reshard(call)
             if tracker is not None and len(lands):
                 tracker.landed(lands)
-        traffic = self._rest.run(copies, src_view, tracker, deadline_s)
+        traffic = self._rest.run(copies, src_view, tracker, False, deadline_s)
         traffic.staging_bytes += SLOT_BYTES if self._calls else 0
         return traffic
 

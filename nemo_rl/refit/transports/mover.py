@@ -67,11 +67,16 @@ class Setting:
 class Mover(Protocol):
     """Runs one plan's bulk copies on one rank, refit after refit; every rank of the world has one."""
 
+    def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
+        """Make ready for `run`, with its arguments; every rank calls it, and then all meet. Nothing of other ranks is
+        touched here. Returns whether others have to hear something of this rank before bytes move."""
+
     def run(
         self,
         copies: CopyTable,
         src_view: Callable[[int, Region], torch.Tensor],
         tracker: Tracker | None,
+        news: bool,
         deadline_s: float,
     ) -> Traffic:
         """Move this rank's part of `copies`; all ranks call it after every generator was closed to requests.
@@ -79,6 +84,7 @@ class Mover(Protocol):
         Args:
             src_view: (source row, region) -> view of exactly that region in this rank's storage.
             tracker: where copies land; None on a rank that receives nothing.
+            news: `ready` returned True on any rank.
             deadline_s: for the whole run.
 
         Raises:

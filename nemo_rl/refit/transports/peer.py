@@ -66,22 +66,31 @@ class Peer:
         self._arrange(setting.landings)
         self._tried = not (self._memory.puts or self._relay.num_steps)
         self._parts: list[Part] | None = None
+        self._news: dict[Side, bytes] = {}
         self._proven: tuple[int, Rows] | None = None
         self._apart: tuple[tuple[int, Rows] | None, bool] = None, True  # rows, and whether no two share a byte
         self._starts: tuple[int, list[Callable[[], None]]] = -1, []
+
+    def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
+        """See `Mover.ready`: find out where this rank's rows are, and whether others know it."""
+        self._try_to_show(tracker)
+        before = self._windows.changes
+        self._news = self._located(src_view, tracker)
+        return self._windows.changes != before
 
     def run(
         self,
         copies: CopyTable,
         src_view: Callable[[int, Region], torch.Tensor],
         tracker: Tracker | None,
+        news: bool,
         deadline_s: float,
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming peer, round and parameter."""
         end = time.monotonic() + deadline_s
         before = self._memory.num_copies, self._memory.num_launches
-        self._try_to_show(tracker)
-        self._meet(src_view, tracker)
+        if news:
+            self._tell_where()
         self._carry(tracker, end)
         if self._some_staged:
             self._take_staged(tracker, end)
@@ -147,11 +156,10 @@ class Peer:
 
     # ---- where rows are
 
-    def _meet(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> None:
-        """Tell others where this rank's rows are, if that is new, and open what they say. All ranks come here first."""
+    def _located(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> dict[Side, bytes]:
+        """What to tell others of where this rank's rows are; empty where they know it."""
         shown = {side for sides in self._tells.values() for side in sides}
         news: dict[Side, bytes] = {}
-        before = self._windows.changes
         if self._rank in self._world.trainers:
             news["source"] = self._windows.locate(
                 "source", src_view, lambda: self._source_rows(src_view), "source" in shown
@@ -159,20 +167,19 @@ class Peer:
         if tracker is not None and self._lands_in_place:
             held = tracker.rows(IN_PLACE)
             news["landing"] = self._windows.locate("landing", held, lambda: held, "landing" in shown)
-        if not self._anything_moved(self._windows.changes != before):
-            return
+        return news
+
+    def _tell_where(self) -> None:
+        """Tell others where this rank's rows are, if that is new, and open what they say."""
         self._proven = None  # whoever moves bytes with what moved prepares other copies
         outgoing = {
-            rank: _packed({s: news[s] for s in sorted(sides) if news[s]}) for rank, sides in self._tells.items()
+            rank: _packed({s: self._news[s] for s in sorted(sides) if self._news[s]})
+            for rank, sides in self._tells.items()
         }
         said = self._exchange(outgoing, self._hears)
         for rank, told in said.items():
             for side, data in _unpacked(told).items():
                 self._open((rank, side), data)
-
-    def _anything_moved(self, here: bool) -> bool:
-        """Whether rows of any rank moved. A meeting tells sooner than messages that none did, as is usual."""
-        return any(moved for (moved,) in self._control.meet("transfer", (int(here),)))
 
     def _source_rows(self, src_view: Callable[[int, Region], torch.Tensor]) -> dict[int, torch.Tensor]:
         """Views of the rows that travel."""

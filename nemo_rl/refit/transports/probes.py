@@ -191,9 +191,9 @@ class _Runner:
         try:
             for _ in range(1 + _REPEAT[self.device.type]):
                 tracker = case.tracker(self.rank, self.device, views)
-                self._control.meet("connect")
+                news = any(other for (other,) in self._control.meet("connect", (mover.ready(held, tracker),)))
                 started = time.monotonic()
-                mover.run(case.plan.bulk, held, tracker, self._control.deadline_s)
+                mover.run(case.plan.bulk, held, tracker, news, self._control.deadline_s)
                 finish(self.device, started + self._control.deadline_s)
                 took.append(time.monotonic() - started)
         finally:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nemo_rl.refit.repeated import Repeated
 from nemo_rl.refit.strided import Axis, Form, Jobs
 
 _SHAPES = ((512, 8), (128, 32), (32, 128), (4, 1024))  # rows and columns of a tile, for few and for many columns
@@ -30,7 +31,7 @@ class StridedBatch:
     """
 
     def __init__(self, jobs: Jobs, numbers: Sequence[int], device: torch.device, programs: int | None = None) -> None:
-        self._device, self._programs = device, programs
+        self._device = device
         planes: dict[tuple[int, bool, int, int], list[tuple[int, ...]]] = {}
         for i in numbers:
             src, dst, form = int(jobs.src[i]), int(jobs.dst[i]), jobs.forms[i]
@@ -38,21 +39,22 @@ class StridedBatch:
             for plane in _planes(src, dst, form, min(item, 8)):
                 shape = next((s for s in _SHAPES if plane[5] <= s[1]), _SHAPES[-1])
                 planes.setdefault((item, plane[6:] == (1, 1), *shape), []).append(plane)
-        self._tables = {key: self._upload(np.array(rows, np.int64), *key[2:]) for key, rows in planes.items()}
+        self._launches = [self._repeated(np.array(rows, np.int64), key, programs) for key, rows in planes.items()]
 
-    def _upload(self, planes: np.ndarray, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(planes).to(self._device), torch.from_numpy(_tiles(planes, rows, cols)).to(self._device)
+    def _repeated(self, planes: np.ndarray, key: tuple[int, bool, int, int], programs: int | None) -> Repeated:
+        tiles = _tiles(planes, *key[2:])
+        tables = [torch.from_numpy(table).to(self._device) for table in (planes, tiles)]
+        return Repeated(_copy_tiles, min(len(tiles), programs or len(tiles)), *tables, len(tiles), *key, _NUM_FIELDS)
 
     @property
     def num_launches(self) -> int:
-        return len(self._tables)
+        return len(self._launches)
 
     def launch(self, stream: torch.cuda.Stream) -> None:
         """Start on `stream`."""
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            for key, (planes, tiles) in self._tables.items():
-                grid = (min(len(tiles), self._programs or len(tiles)),)
-                _copy_tiles[grid](planes, tiles, len(tiles), *key, _NUM_FIELDS)
+            for launch in self._launches:
+                launch()
 
 
 def widest_item(src: int, dst: int, form: Form) -> int:

@@ -68,6 +68,49 @@ def test_what_each_process_says_is_seen_by_all():
     board.close()
 
 
+def test_letters_reach_whom_they_are_for():
+    """Each rank writes to each other one, letters of other lengths each time; who got none finds none."""
+
+    def letters(rank, turn):
+        return {r: bytes([turn, rank, r]) * (turn * r % 5) for r in range(3) if (turn + r) % 3}
+
+    def write(board, rank):
+        control = board._control
+        control.make_room("agree", 40 + rank)
+        for turn in range(1, 60):
+            control.post(turn, letters(rank, turn))
+            assert control.collect(turn, "verify", range(3)) == {
+                r: letters(r, turn).get(rank, b"") for r in range(3)
+            } and control.posted(turn, range(3))
+            assert not control.posted(turn + 1, [rank])
+            control.meet("commit")
+
+    ranks, board = started(write)
+    write(board, 0)
+    assert ranks.codes() == {1: 0, 2: 0} and board.room == 48
+    with pytest.raises(ValueError, match="rank 0 has letters of 50 bytes, and there is room for 48"):
+        board.write(60, {1: b"x" * 25, 2: b"x" * 25})
+    board.close()
+
+
+def test_who_waits_for_a_letter_of_a_dead_process_is_told():
+    def die(board, rank):
+        board._control.make_room("agree", 8)
+        if rank == 2:
+            board.write(1, {})
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(TransferError, match=r"the process ended of generator 1 \(rank 2\), which said 1 of 2"):
+            board._control.collect(2, "verify", [2])
+
+    ranks, board = started(die)
+    board._control.make_room("agree", 8)
+    assert board._control.collect(1, "verify", [2]) == {2: b""}
+    with pytest.raises(TransferError, match=r"the process ended of generator 1 \(rank 2\), which said 1 of 2"):
+        board._control.await_posts(2, "verify", [2])
+    assert ranks.codes() == {1: 0, 2: -signal.SIGKILL}
+    board.close()
+
+
 def test_ranks_meet_without_the_store_and_a_dead_one_is_named():
     """Nobody leaves a meeting before all came; in the last one rank 2 is dead."""
 

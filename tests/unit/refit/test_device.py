@@ -66,12 +66,12 @@ def test_a_device_that_never_comes_to_rest_is_a_timeout(driver, monkeypatch):
         TimeoutError,
         match="what this process started on cuda:0 (was not done within the deadline|took longer than 0.05 s)",
     ):
-        device.quiesce(GPU, time.monotonic() + 0.05)
+        device.await_rest(GPU)(time.monotonic() + 0.05)
     assert not rested
     threading.Timer(0.05, busy.set).start()
-    device.quiesce(GPU, time.monotonic() + 10)
+    device.await_rest(GPU)(time.monotonic() + 10)
     assert busy.is_set() and bool(rested) != driver
-    device.quiesce(torch.device("cpu"), 0.0)
+    device.await_rest(torch.device("cpu"))(0.0)
 
 
 def test_work_in_a_thread_ends_at_its_deadline_and_says_what_it_raises():

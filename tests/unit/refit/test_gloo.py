@@ -54,16 +54,16 @@ def alive(pid):
 
 
 def kills_trainer_1(session, inner):
-    """Its memory is mapped and was announced as complete; it dies before a byte is read."""
+    """Its memory is mapped and all ranks have begun; it dies before a byte is read."""
 
-    def open_unit(unit):
+    def run(*args):
         pid, _ = session._agreed.mover._windows.ends[1, "source"]
         os.kill(pid, signal.SIGKILL)
         while alive(pid):
             time.sleep(0.01)
-        return inner(unit)
+        return inner(*args)
 
-    return open_unit
+    return run
 
 
 def rank_main(rank, port, transport, versions, die, known):
@@ -90,7 +90,7 @@ def rank_main(rank, port, transport, versions, die, known):
             if die == "sending" and rank == 1 and version == versions[-1]:
                 session._src_view = lambda row, region: os.kill(os.getpid(), signal.SIGKILL)
             if die == "being read" and rank == 2 and version == versions[-1]:
-                landing.open = kills_trainer_1(session, landing.open)
+                session._agreed.mover.run = kills_trainer_1(session, session._agreed.mover.run)
             report = session.refit(version)
             if landing:
                 held = landing.whole if transport == "broadcast" else dict(zip(TABLE, landing.storage, strict=True))

@@ -407,6 +407,7 @@ def test_a_source_that_changes_during_the_transfer(when, puts, monkeypatch):
     watch = Watch.step
     monkeypatch.setattr(Watch, "step", lambda self: watch(self) if changed else None)
     setattr(memory, name, racing)
+    raise_any(sim.all(lambda s: s.prepare(1)))  # looks for the first time
     results = sim.refit(1)
     assert len(changed) == 1
     text = "trainer 0 (rank 0) held digest"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from nemo_rl.refit.base import RefitOptions
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, RefitError, VerificationError
-from nemo_rl.refit.packed import pack
 from nemo_rl.refit.transports.inproc import InprocChannel
 from nemo_rl.refit.verify import Verifier
 
@@ -204,9 +202,9 @@ def test_replicas_that_are_not_told_of(monkeypatch):
     raise_any(sim.start())
     verifier = sim.sessions[0]._agreed.verifier
     verifier._told = replace(verifier._told, number=verifier._told.number[:0], peer=verifier._told.peer[:0])
+    del verifier._addressed
     statements = verifier.statements
-    empty = {name: np.zeros(0, np.int64) for name in ("bulk", "misc", "shared")}
-    verifier.statements = lambda held: {1: pack(None, empty), **statements(held)}
+    verifier.statements = lambda held: {1: bytes(24), **statements(held)}
     caught(sim.refit(1), [landing], VerificationError, "trainer 0 (rank 0) sent 0 digests for 1 shared boxes")
 
 
@@ -219,8 +217,7 @@ def test_digests_that_arrive_damaged(cut, monkeypatch):
 
     def damaged(verifier, held):
         said = statements(verifier, held)
-        empty = {name: np.zeros(0, np.int64) for name in ("bulk", "misc", "shared")}
-        return {peer: data[cut] if cut is not None else pack(None, empty) for peer, data in said.items()}
+        return {peer: data[cut] if cut is not None else bytes(24) for peer, data in said.items()}
 
     monkeypatch.setattr(Verifier, "statements", damaged)
     caught(sim.refit(1), landings, VerificationError, "decode" if cut is not None else "sent 0 digests for 4 copies")

@@ -69,7 +69,7 @@ class Looks:
 @pytest.fixture(params=["trainer", "generator"])
 def watched(request):
     store, looks = Store(), Looks()
-    store.watch = Watch(looks, store, looks.look(()) if request.param == "trainer" else None, ())
+    store.watch = Watch(looks, store, () if request.param == "trainer" else None)
     return store, looks, store.watch, request.param == "trainer"
 
 
