@@ -89,8 +89,9 @@ class Cluster:
 
     def _start(self) -> None:
         address = self._config.address
-        if address is not None and _answers(address) is False:  # Ray itself asks for minutes
-            raise ClusterError(f"Ray was not reached at {address}: {_remedy(address)}")
+        answers = None if address is None else _answers(address)
+        if answers is False:  # Ray itself asks for minutes
+            raise ClusterError(f"Ray was not reached at {address}: {_remedy(answers)}")
         options: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.WARNING, configure_logging=False)
         if address is None:
             devices = self._config.gpus_per_node * self._config.num_nodes
@@ -103,7 +104,7 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address is None:
                 raise ClusterError(f"Ray did not start: {error}") from error
-            raise ClusterError(f"Ray was not reached at {address}: {error}; {_remedy(address)}") from error
+            raise ClusterError(f"Ray was not reached at {address}: {error}; {_remedy(answers)}") from error
 
     def _await_nodes(self) -> None:
         """Nodes of a cluster join one after the other: wait until as many as the run asks for are there."""
@@ -199,9 +200,9 @@ def _answers(address: str) -> bool | None:
     return True
 
 
-def _remedy(address: str) -> str:
-    """What helps where Ray at `address` was not reached: Ray's error is the same for all."""
-    match _answers(address):
+def _remedy(answers: bool | None) -> str:
+    """What helps where Ray was not reached at an address of which `_answers` says this: Ray's error is always one."""
+    match answers:
         case None:
             return f"check that a cluster runs on this machine, or give its address as host:port; {_TOKEN}"
         case False:

@@ -157,11 +157,14 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 def test_whether_anything_answers_decides_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, ConnectionError("Failed to connect"))
+    connect, asked = socket.create_connection, []
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: (asked.append(a), connect(*a, **k))[1])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{listener.getsockname()[1]}"
         said = join(place)  # without asking Ray, which takes minutes to give up
         assert "nothing answers there" in said and "RAY_AUTH_MODE" not in said and "Failed to connect" not in said
+        assert len(asked) == 1, "who does not answer takes seconds each time"
         listener.listen()
         assert "something answers there" in (said := join(place)) and "RAY_AUTH_MODE=token" in said
     assert "give its address as host:port" in join("auto")
