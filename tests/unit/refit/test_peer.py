@@ -415,6 +415,47 @@ def test_a_source_that_changes_during_the_transfer(when, puts, monkeypatch):
     assert all(isinstance(r, RefitError) for r in results.values()) and landing.version == 0 and landing.rejected
 
 
+@pytest.mark.parametrize(
+    ("when", "puts"), [("before", False), ("between", False), ("after", False), ("before", True), ("after", True)]
+)
+def test_a_source_that_changes_before_its_first_look(when, puts, monkeypatch):
+    """Where nobody prepared, copies go first: what landed is what trainers hold, or the version is refused."""
+    monkeypatch.setattr(HostMemory, "puts", puts)
+    sim, landing = two_trainers()
+    raise_any(sim.refit(0))
+    memory = sim.sessions[0 if puts else 2]._agreed.mover._memory
+    name = "_write_all" if puts else "_read_all"
+    inner, count, changed = getattr(memory, name), iter(range(99)), []
+    due = 0 if puts or when == "before" else 1
+
+    def racing(pid, jobs):
+        step = next(count) == due
+        if step and when != "after":
+            change()
+        inner(pid, jobs)
+        if step and when == "after":
+            change()
+
+    def change():
+        for holding in sim.sessions[0]._source.held:
+            holding.view.view(torch.int32).add_(1)
+        changed.append(when)
+
+    watch = Watch.step
+    monkeypatch.setattr(Watch, "step", lambda self: watch(self) if changed else None)
+    setattr(memory, name, racing)
+    results = sim.refit(1)
+    assert len(changed) == 1
+    if when == "before":
+        raise_any(results)
+        held = {h.fqn: h.view for session in sim.sessions[:2] for h in session._source.held}
+        for (fqn, _), got in zip(landing.rows, landing.storage, strict=True):
+            assert same_bytes(got, held[fqn]), fqn
+    else:
+        assert isinstance(results[2], VerificationError) and "trainer 0 (rank 0) holds digest" in str(results[2])
+        assert all(isinstance(r, RefitError) for r in results.values()) and landing.version == 0 and landing.rejected
+
+
 def test_a_source_that_changes_between_its_looks_and_back_is_caught_by_what_landed(monkeypatch):
     """Both looks see the same; only what landed differs from it."""
     sim, landing = two_trainers()

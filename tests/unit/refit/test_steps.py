@@ -182,6 +182,28 @@ def test_a_forwarder_that_is_late_holds_up_who_takes_from_it():
     assert started == [0, 1]
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_link_has_all_it_can_take_before_a_rank_does_something_else(at_once):
+    """Where starting a batch moves it, there is time for that between two of them."""
+    _, _, _, schedule = schedules(True, 1, 1, 1, 1)
+    counters, done = Counters(), []
+    count = len(schedule.moved_by(0))
+    assert count > carry._MOST_RUNNING
+    starts = [lambda n=n: done.append(n) for n in range(count)]
+
+    def mark():
+        looks = iter(range(50))
+        return lambda: at_once or next(looks) > 9
+
+    def idle():
+        done.append("idle")
+
+    Carrier(counters.of(0), schedule, 0).run(starts, mark, lambda step: None, idle, time.monotonic() + 10)
+    assert [n for n in done if n != "idle"] == list(range(count))
+    assert done.index("idle") == (1 if at_once else carry._MOST_RUNNING)
+    assert not at_once or done[: 2 * count] == [x for n in range(count) for x in (n, "idle")]
+
+
 def test_the_end_of_the_last_step_is_looked_for_without_a_pause():
     """Whoever pauses between two looks asks once more for each batch before the last one, and once for that."""
     _, _, _, schedule = schedules(True, 1, 1, 1, 1)
