@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _CPU_CACHE_BYTES = 64 << 20
 _PROBE_ERROR = 1e-2  # of a log-probability: above what kernels round, below what a misplaced tensor does
 WORKER = "nemo_rl.generator.worker.RefitWorker"
+_NO_MULTICAST = {"pass_config": {"fuse_allreduce_rms": False}}
+"""Else vLLM sums over ranks by FlashInfer's kernels, where that is installed, and they use NVLink multicast."""
 
 
 class VllmEngine:
@@ -279,7 +281,7 @@ def _make_llm(config: GeneratorConfig) -> Any:
     if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING is on; start the process with worker_env(config)")
     on_cpu = current_platform.is_cpu()
-    share = {} if on_cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}
+    gpu = {"gpu_memory_utilization": config.gpu_memory_utilization, "compilation_config": _NO_MULTICAST}
     adapter = _adapter_options(config.adapter) if config.adapter is not None else {}
     return LLM(
         model=config.model_path,
@@ -300,7 +302,7 @@ def _make_llm(config: GeneratorConfig) -> Any:
         worker_extension_cls=WORKER,
         disable_log_stats=True,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes or (_CPU_CACHE_BYTES if on_cpu else None),
-        **share,
+        **({} if on_cpu else gpu),
         **adapter,
     )
 
