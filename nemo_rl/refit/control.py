@@ -9,13 +9,13 @@ import logging
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch.distributed as dist
 
 from nemo_rl.refit.base import World
 from nemo_rl.refit.errors import RefitError, TransferError
+from nemo_rl.refit.store import Client, reach
 
 if TYPE_CHECKING:
     from nemo_rl.refit.transports.board import Board
@@ -39,6 +39,7 @@ class Control:
         deadline_s: longest wait for any rank in any gather.
 
     Attributes:
+        store, asked: the store, for those who connect through it, and as this rank asks it.
         board: where ranks of one host meet; None where they meet at the store. All ranks set it at the same point.
 
     Raises:
@@ -48,6 +49,7 @@ class Control:
     def __init__(self, rank: int, world: World, store: Address, deadline_s: float) -> None:
         self.rank, self.world, self.deadline_s = rank, world, deadline_s
         self.store = store if isinstance(store, dist.Store) else self._reach(*store)
+        self.asked = Client(self.store, deadline_s)
         self.rest()
         self._sequence = 0
         self._written: list[str] = []  # what all will have read when they come to the next gather or meeting
@@ -64,8 +66,7 @@ class Control:
 
     def _reach(self, host: str, port: int) -> dist.TCPStore:
         try:
-            timeout = timedelta(seconds=self.deadline_s)
-            return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            return reach(host, port, self.deadline_s)
         except Exception as error:
             raise TransferError(
                 f"the store at {host}:{port} did not answer within {self.deadline_s:g} s ({error})",
@@ -80,7 +81,7 @@ class Control:
         Raises:
             TransferError: a session was in this store as this rank before.
         """
-        if self.store.add(f"entered/{self.rank}", 1) > 1:
+        if self.asked.add(f"entered/{self.rank}", 1) > 1:
             raise TransferError(
                 f"{self.world.describe(self.rank)} entered this store before, in this process or another",
                 rank=self.rank,
@@ -96,7 +97,7 @@ class Control:
             RefitError: another rank reported a failure; its text.
         """
         number = self.ticket()
-        self.store.set(key := f"{number}/{self.rank}/", payload)
+        self.asked.set(key := f"{number}/{self.rank}/", payload)
         self._written.append(key)
         wanted = range(self.world.size) if ranks is None else sorted(ranks)
         said = self._await({r: f"{number}/{r}/" for r in wanted}, phase)
@@ -167,14 +168,14 @@ class Control:
 
     def _post(self, ticket: int, payloads: Mapping[str, bytes]) -> None:
         for reader, payload in payloads.items():
-            self.store.set(key := f"{ticket}/{self.rank}/{reader}", payload)
+            self.asked.set(key := f"{ticket}/{self.rank}/{reader}", payload)
             self._kept.setdefault(ticket, []).append(key)
 
     def posted(self, ticket: int, ranks: Iterable[int]) -> bool:
         """Whether all of `ranks` have posted, without waiting."""
         if self.board is not None:
             return all(self.board.seen(r, self.board.written) >= ticket for r in ranks)
-        return bool(self.store.check([f"{ticket}/{r}/" for r in ranks]))
+        return self.asked.check([f"{ticket}/{r}/" for r in ranks])
 
     def await_posts(self, ticket: int, phase: str, ranks: Iterable[int]) -> None:
         """Wait until all of `ranks` have posted. Raises as `gather`."""
@@ -198,20 +199,20 @@ class Control:
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         """Values of keys that are set, in one round trip."""
-        return [bytes(value) for value in self.store.multi_get(list(keys))]
+        return self.asked.multi_get(keys)
 
     def _await(self, keys: Mapping[int, str], phase: str, look: Callable[[], None] = lambda: None) -> dict[int, bytes]:
         """Values of `keys`, with pauses that grow with the time waited, so that little of it is lost to them."""
         started, names, looked = time.monotonic(), list(keys.values()), 0.0
-        while not self.store.check(names):
+        while not self.asked.check(names):
             waited = time.monotonic() - started
             if waited > looked + _ABORT_S:
                 looked = waited
-                if self.store.check([_ABORT]) and not self.store.check(names):  # what is complete counts
+                if self.asked.check([_ABORT]) and not self.asked.check(names):  # what is complete counts
                     self.raise_if_aborted(phase)
                 look()
             if waited > self.deadline_s:
-                self._give_up(phase, [r for r, key in keys.items() if not self.store.check([key])])
+                self._give_up(phase, [r for r, key in keys.items() if not self.asked.check([key])])
             self.idle()
             time.sleep(min(max(_LEAST_PAUSE_S, waited * _PAUSE_SHARE), _MOST_PAUSE_S))
         return dict(zip(keys, self.read(names), strict=True))
@@ -249,7 +250,7 @@ class Control:
         key = f"decision/{question}"
         if self.rank == 0:
             self._written.append(key)
-        return bytes(self.store.compare_set(key, "", answer)).decode()
+        return self.asked.compare_set(key, "", answer).decode()
 
     def close(self) -> None:
         """Give up the board; idempotent. The store is the driver's."""
@@ -260,15 +261,15 @@ class Control:
         """Tell all ranks that this session failed; the first report stays."""
         text = f"{self.world.describe(error.rank)} failed in phase '{error.phase}': {error.detail}"
         try:
-            self.store.compare_set(_ABORT, "", text)
+            self.asked.compare_set(_ABORT, "", text)
         except RuntimeError:
             return  # the store is gone and with it whoever could read the report
 
     def raise_if_aborted(self, phase: str) -> None:
         """Raises RefitError with the first failure that a rank reported."""
-        if self.store.check([_ABORT]):
+        if self.asked.check([_ABORT]):
             raise RefitError(
-                self.store.get(_ABORT).decode(),
+                self.asked.get(_ABORT).decode(),
                 rank=self.rank,
                 phase=phase,
                 remedy="see that rank's error; remake the session",
@@ -286,7 +287,7 @@ class Control:
     def _forget(self, count: int) -> None:
         """All ranks came here, so they have read what they wanted of the first `count` keys that this one wrote."""
         for key in self._written[:count]:
-            self.store.delete_key(key)
+            self.asked.delete_key(key)
         self._written = self._written[count:]
 
     def _give_up(self, phase: str, missing: list[int]) -> None:

@@ -153,7 +153,7 @@ def _exchange(
 ) -> tuple[dict[int, tuple[str, ...]], dict[str, bytes]]:
     """Gather where equal payloads travel once: ranks pass hashes, blobs are stored by hash."""
     keys = [hashlib.sha256(payload).hexdigest() for payload in payloads]
-    store = control.store
+    store = control.asked
     for key, payload in zip(keys, payloads, strict=True):
         if not store.check([f"blob/{key}"]):
             store.set(f"blob/{key}", payload)

@@ -43,6 +43,10 @@ class VerificationError(RefitError):
     """Bytes arrived but are not the trainer's."""
 
 
+class StoreLost(RuntimeError):
+    """The store over which ranks meet does not answer."""
+
+
 class PoisonedError(RefitError):
     """The session failed before and must be remade."""
 
@@ -59,6 +63,8 @@ _OF_PHASE: Mapping[str, type[RefitError]] = {
 
 
 def named_error(error: Exception, rank: int, phase: str) -> RefitError:
-    """Any exception as the refit error of the phase it came from."""
-    kind, remedy = _OF_PHASE.get(phase, RefitError), "see the cause above; remake the session"
+    """Any exception as the refit error of the phase it came from; deadlines are a transfer's in all of them."""
+    late = isinstance(error, (TimeoutError, StoreLost))
+    kind = TransferError if late else _OF_PHASE.get(phase, RefitError)
+    remedy = "see the cause above; remake the session"
     return kind(f"{type(error).__name__}: {error}", rank=rank, phase=phase, remedy=remedy)

@@ -103,7 +103,7 @@ def test_a_store_that_ends_behind_the_commit_takes_nothing_back(monkeypatch, cap
     def gone(_):
         raise RuntimeError("connection reset")
 
-    monkeypatch.setattr(control, "store", SimpleNamespace(delete_key=gone))
+    monkeypatch.setattr(control, "asked", SimpleNamespace(delete_key=gone))
     control.tidy()
     assert "the store keeps what rank 0 wrote: connection reset" in caplog.text
 

@@ -79,7 +79,7 @@ def test_a_truncated_statement(size):
 
     raise_any(sim.all(lambda s: s.connect()))
     for session in sim.sessions:
-        session._link.control.store = Short()
+        session._link.control.asked = Short()
     caught(sim.all(lambda s: s.plan()), landings, PlanError, "is not the one that was published")
 
 
