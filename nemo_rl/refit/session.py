@@ -207,7 +207,7 @@ class RefitSession:
         with self._guarded("commit"):
             self._commit(version)
         report = self._report(version, time.monotonic() - started, bulk, misc, memory)
-        self._tidy()
+        self._tidy(version)
         return report
 
     def close(self) -> None:
@@ -316,13 +316,17 @@ class RefitSession:
             self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
             self._link.control.rest()
 
-    def _tidy(self) -> None:
-        """What nobody waits for: engines serve the version already."""
-        self._link.control.tidy()
-        if self._agreed.arrivals is not None:
-            self._agreed.arrivals.tidy()
-        if self._agreed.verifier is not None:
-            self._agreed.verifier.tidy()
+    def _tidy(self, version: int) -> None:
+        """What nobody waits for: engines serve `version` already, whatever fails here; the next call says what did."""
+        try:
+            self._link.control.tidy()
+            if self._agreed.arrivals is not None:
+                self._agreed.arrivals.tidy()
+            if self._agreed.verifier is not None:
+                self._agreed.verifier.tidy()
+        except Exception as error:
+            said = f"version {version} is committed and served; behind it, {type(error).__name__}: {error}"
+            self._fail(RefitError(said, rank=self.rank, phase="commit", remedy="remake the session before a refit"))
 
     def _commit(self, version: int) -> None:
         """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""

@@ -154,6 +154,26 @@ def test_a_mover_is_given_up_where_the_plan_gets_no_lane(monkeypatch):
     assert all("no lane" in str(r) for r in sim.start().values()) and sorted(closed) == [0, 1, 2, 3]
 
 
+def test_what_fails_behind_the_commit_takes_nothing_back(monkeypatch):
+    """A device's error may show there; the next refit names it, on all ranks."""
+    sim, sources, landings, full = two_by_two()
+    raise_any(sim.start())
+
+    def lost():
+        raise RuntimeError("CUDA error: planted")
+
+    monkeypatch.setattr(sim.sessions[2]._agreed.arrivals, "tidy", lost)
+    raise_any(reports := sim.refit(1))
+    assert all(report.version == 1 for report in reports.values())
+    for landing in landings:
+        assert landing.serve()
+        check(landing, full, False)
+    results = sim.refit(2)
+    assert isinstance(results[2], PoisonedError) and "version 1 is committed and served; behind it" in str(results[2])
+    assert all(isinstance(r, RefitError) and "CUDA error: planted" in str(r) for r in results.values())
+    assert all(landing.version == 1 for landing in landings)
+
+
 def test_a_plan_is_given_up_before_the_next_one_is_made(monkeypatch):
     """With it goes what was prepared for it; the channel stays."""
     opened, log = registry.TRANSPORTS["gloo"].mover, []
