@@ -30,6 +30,7 @@ class Carrier:
     def __init__(self, board: Board, schedule: Schedule, rank: int) -> None:
         self._board, self._schedule, self._rank = board, schedule, rank
         self._mine = schedule.moved_by(rank)
+        self._begins = {batch.taker: batch.step for batch in reversed(self._mine)}.items()  # first step for each taker
         self._after = _steps_after(schedule, self._mine)
         self._movers = {taker: schedule.movers_to(taker) for taker in schedule.num_steps}
         self._forwarders = {b.giver for b in self._mine} & schedule.forwarders
@@ -65,10 +66,9 @@ class Carrier:
             RefitError: another rank reported a failure; its text.
         """
         self._waiting, self._left, self._counted = deque(range(len(self._mine))), [*range(len(self._movers_of))], {}
-        for taker in {batch.taker for batch in self._mine}:
-            first = next(batch.step for batch in self._mine if batch.taker == taker)
-            self._board.post(self._first(taker) + first, taker)
-
+        for taker, step in self._begins:
+            self._board.post(self._first(taker) + step, taker)
+        self._start(starts, mark, idle)  # before anything else: the link has nothing to do yet
         awaited = self._awaited()
 
         def done() -> bool:
