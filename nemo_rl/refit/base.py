@@ -132,7 +132,8 @@ class RefitOptions:
         bucket_bytes: largest message.
         num_streams: messages in flight per rank and direction; bounds extra memory to
             `2 * num_streams * bucket_bytes`. `nccl` joins messages to 128 MiB over three lanes or more, and takes at
-            most 512 MiB for them beside what NCCL itself takes for a communicator a lane.
+            most 512 MiB for them beside what NCCL itself takes for a communicator a lane; two messages must fit into
+            those, or into half of them where a rank is on both sides.
         deadline_s: longest that any phase of one refit may take.
         verify: compare digests after every refit.
         verify_against_checkpoint: before the first step, trainers compare what they hold with the checkpoint, and

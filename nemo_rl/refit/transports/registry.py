@@ -16,10 +16,10 @@ import torch.distributed as dist
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.cost import Demand, Links
-from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.errors import PlanError, TransferError
 from nemo_rl.refit.pipeline import Pipeline
 from nemo_rl.refit.relay import relay_of
-from nemo_rl.refit.transports import m2n, mapped, peer
+from nemo_rl.refit.transports import grouped, m2n, mapped, peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
@@ -69,7 +69,24 @@ def _lanes(setting: Setting) -> Lanes:
 
 
 def _grouped(setting: Setting) -> Grouped:
+    _refuse_long(setting)
     return Grouped(setting, _lanes(setting))
+
+
+def _longest(world: World) -> int:
+    """Bytes of a message at most where parcels are made of messages: slots take two of each direction of a rank."""
+    return grouped.STAGING_BYTES // (4 if world.shared else 2)
+
+
+def _refuse_long(setting: Setting) -> None:
+    most = _longest(setting.plan.world)
+    if setting.plan.bucket_bytes > most:
+        raise PlanError(
+            f"bucket_bytes={setting.plan.bucket_bytes}, but slots take {most} bytes of a message at most",
+            rank=setting.rank,
+            phase="agree",
+            remedy=f"set bucket_bytes to at most {most}, or choose another transport",
+        )
 
 
 def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
@@ -77,6 +94,7 @@ def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
 
 
 def _m2n(setting: Setting) -> m2n.M2n:
+    _refuse_long(setting)
     lanes = _lanes(setting)
     try:
         return m2n.M2n(setting, lanes, m2n.NcclM2n(setting))

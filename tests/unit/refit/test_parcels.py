@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_rl.refit.base import Declaration, RefitOptions, World
 from nemo_rl.refit.digest import Ledger, digest_on_device
-from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.errors import PlanError, TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.pipeline import Tracker
 from nemo_rl.refit.planner import plan_refit
@@ -357,6 +357,22 @@ def test_a_direction_has_a_slot_more_than_lanes(ranks, streams, monkeypatch):
         assert mover._depth > mover._num_lanes, "what is packed next waits for no lane"
         assert directions * mover._depth * mover._limit <= 512 << 20
         assert mover._limit >= 64 << 20
+
+
+@pytest.mark.parametrize(("bucket", "fits"), [(2048, True), (2049, False)])
+def test_messages_beyond_the_slots_are_refused(bucket, fits, on_cpu):
+    """Of 4096 bytes, each direction of a rank has a half, and two slots."""
+    full, sources, landings = two_sides(random.Random(2), 2, 2)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", bucket, deadline_s=20))
+    results = sim.start().values()
+    assert fits or all(isinstance(r, PlanError) and "at most 2048" in str(r) for r in results)
+    if fits:
+        raise_any(sim.refit(1))
+        for landing in landings:
+            check(landing, full)
+        for session in sim.sessions:
+            mover = session._agreed.mover
+            assert max(mover._out.staging_bytes, mover._in.staging_bytes) <= grouped.STAGING_BYTES
 
 
 def test_a_rank_that_posts_in_another_order_is_a_circle():
