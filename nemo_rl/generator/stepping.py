@@ -111,8 +111,9 @@ class Stepper:
         """
         if recompute:
             self._engine.reset_prefix_cache(reset_running_requests=True)
-        for name in [name for name, growing in self._growing.items() if not growing.tokens]:
-            self._engine.abort_request([name])
+        fresh = [name for name, growing in self._growing.items() if not growing.tokens]
+        self._engine.abort_request(fresh)
+        for name in fresh:
             self._add(self._growing.pop(name), version)
 
     def drop(self) -> None:
