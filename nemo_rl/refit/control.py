@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch.distributed as dist
 
 from nemo_rl.refit.base import World
-from nemo_rl.refit.errors import RefitError, TransferError
+from nemo_rl.refit.errors import RefitError, StoreLost, TransferError, named_error
 from nemo_rl.refit.store import Client, reach
 
 if TYPE_CHECKING:
@@ -223,11 +223,13 @@ class Control:
         Raises:
             TransferError, RefitError: as `gather`, or another rank gave up on some rank.
         """
-        failure = None
+        failure: RefitError | None = None
         try:
             self.meet(phase)
         except RefitError as error:
             failure = error
+        except StoreLost as error:
+            failure = named_error(error, self.rank, phase)
         # A rank that gave up may be a moment late or early: the first answer binds all.
         answer = "yes" if failure is None else f"no: {failure.detail}"
         if self.board is not None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.declare import agree
-from nemo_rl.refit.errors import AgreementError, PoisonedError, RefitError, TransferError
+from nemo_rl.refit.errors import AgreementError, PoisonedError, RefitError, StoreLost, TransferError
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports.board import Board
 
@@ -163,6 +163,21 @@ def test_a_rank_that_decided_early_or_late_gets_the_first_answer(where):
                     member.settle("commit", "1")
         for member in members[:2]:
             member.settle("commit", "2")  # another question
+
+
+def test_a_rank_that_loses_the_store_before_a_decision_decides_against_it():
+    """Where ranks have a board, which says so to those that still meet."""
+    members, _ = boarded()
+
+    def lost(*_):
+        raise StoreLost("the store did not answer")
+
+    members[2].meet = lost
+    with pytest.raises(TransferError, match="the store did not answer"):
+        members[2].settle("commit", "1")
+    members[0].meet = lambda *_: []
+    with pytest.raises(TransferError, match=r"another rank decided against it \(no: StoreLost: the store did not"):
+        members[0].settle("commit", "1")
 
 
 def test_an_abort_ends_waits_at_once_and_the_first_report_stays():
