@@ -16,7 +16,7 @@ import torch.distributed as dist
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.cost import Demand, Links
-from nemo_rl.refit.errors import PlanError, TransferError
+from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
 from nemo_rl.refit.relay import relay_of
 from nemo_rl.refit.transports import grouped, m2n, mapped, peer
@@ -69,24 +69,7 @@ def _lanes(setting: Setting) -> Lanes:
 
 
 def _grouped(setting: Setting) -> Grouped:
-    _refuse_long(setting)
     return Grouped(setting, _lanes(setting))
-
-
-def _longest(world: World) -> int:
-    """Bytes of a message at most where parcels are made of messages: slots take two of each direction of a rank."""
-    return grouped.STAGING_BYTES // (4 if world.shared else 2)
-
-
-def _refuse_long(setting: Setting) -> None:
-    most = _longest(setting.plan.world)
-    if setting.plan.bucket_bytes > most:
-        raise PlanError(
-            f"bucket_bytes={setting.plan.bucket_bytes}, but slots take {most} bytes of a message at most",
-            rank=setting.rank,
-            phase="agree",
-            remedy=f"set bucket_bytes to at most {most}, or choose another transport",
-        )
 
 
 def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
@@ -94,7 +77,6 @@ def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
 
 
 def _m2n(setting: Setting) -> m2n.M2n:
-    _refuse_long(setting)
     lanes = _lanes(setting)
     try:
         return m2n.M2n(setting, lanes, m2n.NcclM2n(setting))
@@ -125,6 +107,9 @@ not measured; where a channel was given, what passes messages."""
 
 NAMES = ("auto", *TRANSPORTS)
 
+_OF_PARCELS = ("nccl", "m2n")
+"""Those whose messages must fit into slots of bounded size."""
+
 
 def own_fact(device: torch.device, given: bool) -> Fact:
     """This rank's part of the facts."""
@@ -140,6 +125,14 @@ def share_facts(control: Control, fact: Fact) -> Facts:
     return {r: Fact(**json.loads(b)) for r, b in control.gather("connect", json.dumps(asdict(fact)).encode()).items()}
 
 
+def _too_long(options: RefitOptions, world: World) -> str | None:
+    """Why messages do not fit into slots, of which each direction of a rank has two; None where they do."""
+    most = grouped.STAGING_BYTES // (4 if world.shared else 2)
+    if options.bucket_bytes <= most:
+        return None
+    return f"bucket_bytes={options.bucket_bytes}, but slots take messages of {most} bytes at most"
+
+
 def candidates(control: Control, options: RefitOptions, facts: Facts, boardless: str | None) -> tuple[Transport, ...]:
     """The transport that the options name, or all of `AUTO` that all ranks support; every rank calls it.
 
@@ -151,6 +144,7 @@ def candidates(control: Control, options: RefitOptions, facts: Facts, boardless:
     """
     mine = {t.name: t.unsupported(control.rank, control.world, facts) for t in TRANSPORTS.values()}
     mine |= {name: mine[name] or boardless for name, t in TRANSPORTS.items() if t.one_sided}
+    mine |= {name: mine[name] or _too_long(options, control.world) for name in _OF_PARCELS}
     said = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
     reasons = {
         name: next((f"{control.world.describe(r)}: {text[name]}" for r, text in said.items() if text[name]), None)
