@@ -91,6 +91,8 @@ class NcclM2n:
 
         self._core, self._m2n, self._device = nccl.core, nccl.m2n, setting.device
         self._comm: Any = None
+        self._deadline_s = setting.control.deadline_s
+        self._made: dict[int, Reshard] = {}  # those that were made before
         own = bytes(nccl.core.get_unique_id()) if setting.rank == 0 else b""
         name = setting.control.gather("agree", own)[0]
         try:
@@ -110,7 +112,21 @@ class NcclM2n:
                 raise
 
     def reshard(self, call: Reshard, rank: int) -> None:
-        """Start on the current stream of the session's device."""
+        """Start on the current stream of the session's device.
+
+        The first time, ranks may wait for each other on their hosts, as NCCL registers memory with all of them.
+
+        Raises:
+            TimeoutError: some rank did not come then.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        if id(call) in self._made:
+            self._start(call, rank, stream)
+            return
+        within(self._deadline_s, lambda: self._start(call, rank, stream), "m2n's first call")
+        self._made[id(call)] = call
+
+    def _start(self, call: Reshard, rank: int, stream: torch.cuda.Stream) -> None:
         ends: dict[str, Any] = {}
         for name, side in (("src", call.src), ("dst", call.dst)):
             ends[name] = call.address[rank] if rank in side.ranks else None
@@ -118,7 +134,7 @@ class NcclM2n:
             ends[f"{name}_placements"] = self._placements(side)
             ends[f"{name}_local_shape"], ends[f"{name}_dtype"] = side.local, call.dtype
         with torch.cuda.device(self._device):  # m2n refuses a communicator of another device
-            self._m2n.reshard(comm=self._comm, stream=torch.cuda.current_stream(), handle=self._handle, **ends)
+            self._m2n.reshard(comm=self._comm, stream=stream, handle=self._handle, **ends)
 
     def _placements(self, side: Side) -> tuple[object, ...]:
         return tuple(self._m2n.Replicate() if dim is None else self._m2n.Shard(dim) for dim in side.dims)

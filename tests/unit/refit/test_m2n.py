@@ -304,6 +304,7 @@ def nccl_m2n(monkeypatch):
     monkeypatch.setattr(m2n.NcclM2n, "lost", "")
     library = object.__new__(m2n.NcclM2n)
     library._m2n, library._comm, library._handle, library._device = called, called, called, torch.device("cpu")
+    library._deadline_s, library._made = 5, {}
     return library, called
 
 
@@ -319,6 +320,27 @@ def test_a_rank_gives_what_it_has_and_the_layout_of_both_sides(nccl_m2n):
     assert (given["src"], given["dst"]) == (None, 30)
     assert (given["src_local_shape"], given["dst_local_shape"]) == ((2, 4, 6), (4, 4, 6))
     assert given["src_dtype"] is given["dst_dtype"] is torch.bfloat16
+
+
+def test_a_first_call_that_waits_for_a_dead_rank_ends(nccl_m2n, monkeypatch):
+    """Later ones are started by the caller's own thread, all on the caller's stream."""
+    library, called = nccl_m2n
+    side, came, threads = Side(0, (2,), (0,), (2, 4)), threading.Event(), []
+    call = resharding.Reshard((0,), torch.bfloat16, side, side, {0: 1, 1: 2})
+
+    def start(**given):
+        came.wait(20)
+        threads.append((threading.current_thread(), given["stream"] is torch.cuda.current_stream()))
+
+    monkeypatch.setattr(library, "_m2n", types.SimpleNamespace(Mesh=called.Mesh, Shard=called.Shard, reshard=start))
+    library._deadline_s = 0.05
+    with pytest.raises(TimeoutError, match="m2n's first call took longer than 0.05 s"):
+        library.reshard(call, 0)
+    came.set()
+    library._deadline_s = 5
+    library.reshard(call, 0)
+    library.reshard(call, 0)
+    assert threads[-1] == (threading.current_thread(), True) != threads[-2] and threads[-2][1]
 
 
 def test_windows_are_given_back_before_the_communicator_they_are_kept_by(nccl_m2n):
