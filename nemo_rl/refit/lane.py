@@ -55,7 +55,8 @@ def open_lane(setting: Setting, transport: Transport, facts: Facts, verify: bool
         _refuse(plan, setting.rank, facts)
         beside = transport.one_sided and len(plan.misc_buffers) <= room(bulk.num_streams)
     else:
-        beside = not (given and plan.world.shared)  # simulated ranks pass all their messages through one box a pair
+        # Simulated ranks pass all their messages through one box a pair.
+        beside = not (given and (plan.world.shared or transport.broadcasts))
     channel, own = bulk.channel, None
     if plan.misc_fqns and beside and not transport.one_sided and not given:
         control = setting.control

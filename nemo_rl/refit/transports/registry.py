@@ -96,7 +96,7 @@ TRANSPORTS: dict[str, Transport] = {
         Transport("peer", peer.unsupported, peer.Peer, one_sided=True),
         Transport("nccl", _nccl_unsupported, _grouped),
         Transport("m2n", _m2n_unsupported, _m2n),
-        Transport("golden", _any_one_device, Golden),
+        Transport("golden", _any_one_device, Golden, broadcasts=True),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),
     )
 }

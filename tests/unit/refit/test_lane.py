@@ -76,6 +76,18 @@ def test_whole_tensors_arrive_while_bulk_moves_and_load_after_it():
         assert reports[2].misc_bytes >= sum(TABLE[name].num_bytes for name in WHOLE)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_whole_tensors_wait_for_bulk_that_is_broadcast_on_the_same_channel(verify):
+    """Messages of equal size, which nothing but their order tells apart."""
+    options = RefitOptions("golden", deadline_s=5, bucket_bytes=2048, verify=verify)
+    sim, sources, landings, _ = two_by_two(options=options, landing=Landing, table=TABLE, misc=WHOLE)
+    raise_any(sim.start())
+    for version in range(1, 6):
+        full = reload(sources, version)
+        raise_any(sim.refit(version))
+        check(landings, full)
+
+
 def test_no_more_buffers_wait_for_an_engine_than_there_is_room_for():
     sim, _, landings, full = two_by_two(options=OPTIONS, landing=Landing, table=TABLE, misc=WHOLE)
     raise_any(plans := sim.start())
