@@ -51,7 +51,7 @@ class Control:
         self.store = store if isinstance(store, dist.Store) else self._reach(*store)
         self.asked = Client(self.store, deadline_s)
         self.rest()
-        self._sequence = 0
+        self._sequence = self._questions = 0
         self._written: list[str] = []  # what all will have read when they come to the next gather or meeting
         self._kept: dict[int, list[str]] = {}  # what exchanges that go on have posted
         self.board: Board | None = None
@@ -223,9 +223,13 @@ class Control:
         Raises:
             TransferError, RefitError: as `gather`, or another rank gave up on some rank.
         """
+        self._questions += 1
+        meeting = 0 if self.board is None else self.board.meetings + 1
         failure: RefitError | None = None
         try:
             self.meet(phase)
+            if self.board is not None and self.board.undisputed(self._questions):
+                return
         except RefitError as error:
             failure = error
         except StoreLost as error:
@@ -233,7 +237,9 @@ class Control:
         # A rank that gave up may be a moment late or early: the first answer binds all.
         answer = "yes" if failure is None else f"no: {failure.detail}"
         if self.board is not None:
-            decision = self.board.decide(answer, phase)
+            if failure is not None and self.board.dispute(self._questions, meeting):
+                answer = "yes"
+            decision = self.board.decide(self._questions, answer, phase)
         else:
             decision = self._decide(f"{phase} {question}", answer)
         if decision != "yes":

@@ -24,7 +24,8 @@ from nemo_rl.refit.errors import TransferError
 
 _LINE = 8  # words of a cache line, so that no two ranks write to the same one
 MOST_WORDS = 4  # that a rank brings to a meeting
-_DECISION, _MOST_TEXT = 2, 1024  # words before the text of a decision (its number, the bytes of the text); bytes of it
+# Words before the text of a decision (its question's number, its bytes, the last question in dispute); most bytes of it
+_DECISION, _MOST_TEXT = 3, 1024
 # Looking on without a pause sees at once what is due soon. It takes the interpreter from other threads, so only a
 # process without any does it, and a processor: for long only where this host has some to spare.
 _SPIN_S, _SPARE_S = 5e-5, 20e-3
@@ -42,6 +43,7 @@ class Board:
         lanes: counters a rank.
 
     Attributes:
+        meetings: that this rank came to.
         room: bytes that a rank's letters may have in all, those for all others together; see `make_room`.
     """
 
@@ -56,7 +58,8 @@ class Board:
         self.room = 0
         self._show(self._letters)
         self._eager_s = _SPARE_S if len(os.sched_getaffinity(0)) >= 2 * control.world.size else _SPIN_S
-        self._meetings = self._decisions = 0
+        self.meetings = 0
+        self._fence = threading.Lock()  # taking it orders this rank's stores before its loads, as x86-64 alone does not
 
     @classmethod
     def open(cls, control: Control, lanes: int = 0) -> Board:
@@ -189,10 +192,10 @@ class Board:
     ) -> list[tuple[int, ...]]:
         """See `Control.meet`."""
         assert len(words) <= MOST_WORDS
-        self._meetings += 1
+        self.meetings += 1
         # Two places in turn: who comes to the next meeting but one has seen that all have left this one.
-        place = self._lanes + 2 + MOST_WORDS * (self._meetings % 2)
-        number, shared = self._meetings, self._words
+        place = self._lanes + 2 + MOST_WORDS * (self.meetings % 2)
+        number, shared = self.meetings, self._words
         starts = [rank * self._width + place for rank in self._everyone]
         counts = [rank * self._width + self._lanes for rank in self._everyone]
         for i, word in enumerate(words, starts[self._control.rank]):
@@ -204,23 +207,34 @@ class Board:
         self.until(lambda: all(shared[i] >= number for i in counts), awaited, phase, end)
         return [tuple(shared[start : start + len(words)]) for start in starts]
 
-    def decide(self, answer: str, phase: str) -> str:
-        """The answer that the first rank gave to this question; every rank gets the same, whatever it wanted itself.
+    def undisputed(self, question: int) -> bool:
+        """Right behind a meeting that decides `question`, once all came: whether that holds. If not, ask `decide`.
 
-        All ranks ask the same questions in the same order, and ask no other before all have this answer. A process
-        that ends on the way holds up nobody.
+        Who gives up says so before it counts who came; who leaves counts before it asks whether any gave up. So where
+        one that leaves knows of no dispute, all that give up will count all ranks.
+        """
+        with self._fence:
+            return self._words[self._decision + 2] < question
+
+    def dispute(self, question: int, meeting: int) -> bool:
+        """This rank gives up on others in `meeting`, which decides `question`. Whether all came nevertheless: ask
+        `decide`, with a yes if so."""
+        self._words[self._decision + 2] = question
+        with self._fence:
+            return all(self.seen(rank, self._lanes) >= meeting for rank in self._everyone)
+
+    def decide(self, question: int, answer: str, phase: str) -> str:
+        """The answer that the first rank gave to `question`; every rank gets the same, whatever it wanted itself.
+
+        Numbers of questions grow, and ranks ask no other before all have this answer. A process that ends on the way
+        holds up nobody.
 
         Raises:
             TransferError: another rank was about to answer until the deadline.
         """
-        self._decisions += 1
-        at, asked = self._width * len(self._everyone), time.monotonic()
-        start = 8 * (at + _DECISION)
-        patience = 0.0 if self._control.rank == self._control.world.trainers[0] else _SPIN_S  # one is sooner than many
-        while self._words[at] < self._decisions:
+        at, asked = self._decision, time.monotonic()
+        while self._words[at] < question and not self._decided(question, answer):
             waited = time.monotonic() - asked
-            if waited >= patience and self._decided(answer, at, start):
-                break
             if waited > self._control.deadline_s:
                 raise TransferError(
                     f"another rank was about to decide for {self._control.deadline_s:g} s",
@@ -232,18 +246,25 @@ class Board:
                 os.sched_yield()
             else:
                 time.sleep(_PAUSE_S)
-        assert self._words[at] == self._decisions, f"{self._words[at]} is decided, {self._decisions} was asked"
+        assert self._words[at] == question, f"question {self._words[at]} is decided, {question} was asked"
+        start = 8 * (at + _DECISION)
         return self._map[start : start + self._words[at + 1]].decode(errors="replace")
 
-    def _decided(self, answer: str, at: int, start: int) -> bool:
+    def _decided(self, question: int, answer: str) -> bool:
         """Decide by `answer`, unless another rank did; False where another one is about to."""
+        at = self._decision
         with self._locked() as locked:
-            if locked and self._words[at] < self._decisions:
-                text = answer.encode()[:_MOST_TEXT]
+            if locked and self._words[at] < question:
+                start, text = 8 * (at + _DECISION), answer.encode()[:_MOST_TEXT]
                 self._map[start : start + len(text)] = text
                 self._words[at + 1] = len(text)
-                self._words[at] = self._decisions  # last: until then, nothing is decided
+                self._words[at] = question  # last: until then, nothing is decided
             return locked
+
+    @property
+    def _decision(self) -> int:
+        """The first word of what all share: the last decision."""
+        return self._width * len(self._everyone)
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
