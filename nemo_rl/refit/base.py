@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,8 +57,9 @@ class Source(Protocol):
     def table(self) -> TensorTable:
         """Every Hugging Face tensor of the whole model that the family rule exports, held by this rank or not."""
 
-    def holdings(self) -> list[Holding]:
-        """Live views of this rank's parameters; the same objects again say that storage stayed where it was."""
+    def holdings(self) -> Sequence[Holding]:
+        """Live views of this rank's parameters; the same objects again say that storage stayed where it was, and the
+        same tuple says so at once."""
 
     def unused(self) -> Mapping[str, str]:
         """Trainer tensors that are not exported, with the reason."""

@@ -24,6 +24,7 @@ from nemo_rl.refit.wire import (
 )
 
 T = TypeVar("T")
+_SMALL = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def statement(plan: RefitPlan, transport: str, options: RefitOptions) -> dict[st
     }
 
 
-def agree(control: Control, mine: Mapping[str, Any], meanwhile: Callable[[], None] = lambda: None) -> None:
+def agree(control: Control, mine: Mapping[str, str | int | None], meanwhile: Callable[[], None] = lambda: None) -> None:
     """All ranks that say something of an item say the same, or nobody enters a transfer.
 
     Args:
@@ -102,7 +103,7 @@ def agree(control: Control, mine: Mapping[str, Any], meanwhile: Callable[[], Non
     """
     said = control.meet("agree", [_word(value) for value in mine.values()], meanwhile)
     meant = said[control.world.trainers[0]]
-    if any(word not in (0, want) for words in said for word, want in zip(words, meant, strict=True)):
+    if any(word not in (0, want) for words in {*said} for word, want in zip(words, meant, strict=True)):
         _refuse(control, mine)
 
 
@@ -117,8 +118,10 @@ def agree_still(rank: int, prepared: int | None, num_steps: int | None) -> None:
         )
 
 
-def _word(value: Any) -> int:
-    """What stands for a value where ranks compare; 0 where there is none."""
+def _word(value: str | int | None) -> int:
+    """What stands for a value where ranks compare; 0 where there is none. Small numbers stand for themselves."""
+    if isinstance(value, int) and abs(value) < _SMALL:
+        return 2 * value + 1
     return 0 if value is None else _digest(value)
 
 

@@ -80,7 +80,7 @@ class RefitSession:
         self._control: Control | None = None
         self._link_or_none: Link | None = None
         self._agreed_or_none: Agreed | None = None
-        self._holdings: list[Holding] = []
+        self._holdings: tuple[Holding, ...] = ()
         self._src_view = SourceViews(())
 
     # ---- declare, plan, agree
@@ -121,7 +121,7 @@ class RefitSession:
     def _declare_source(self, problems: Sequence[str]) -> Declared:
         layout = None
         if self._source is not None:
-            self._hold(list(self._source.holdings()), "declare")
+            self._hold(tuple(self._source.holdings()), "declare")
             layout = Layout.from_holdings(self._holdings, self._source.table())
         return share_sources(self._link.control, self._source, layout, problems)
 
@@ -168,9 +168,8 @@ class RefitSession:
 
         with self._guarded("agree"):
             self._check_version(version)
-            said = {"plan digest": self._agreed.plan.digest, "version": version, "optimizer steps": num_steps}
-            agree(self._link.control, said, meanwhile)
-        with self._guarded("digest"):
+            items: dict[str, str | int | None] = {"plan digest": self._agreed.plan.digest, "version": version}
+            agree(self._link.control, items | {"optimizer steps": num_steps}, meanwhile)
             if self._source is not None:
                 rest[0](time.monotonic() + self._data_s)
             self._prepared = version, num_steps, None
@@ -233,8 +232,8 @@ class RefitSession:
         """Where there is one, find its storage again."""
         if self._source is None:
             return
-        fresh = list(self._source.holdings())
-        if fresh == self._holdings:  # the same objects
+        fresh = tuple(self._source.holdings())
+        if fresh is self._holdings or fresh == self._holdings:  # the same objects
             return
         if strange := departure(fresh, self._holdings):
             raise AgreementError(
@@ -245,7 +244,7 @@ class RefitSession:
             )
         self._hold(fresh, "digest")
 
-    def _hold(self, holdings: list[Holding], phase: str) -> None:
+    def _hold(self, holdings: tuple[Holding, ...], phase: str) -> None:
         away = next((h for h in holdings if h.view.device != self._device), None)
         if away is not None:
             raise (PlanError if phase == "declare" else AgreementError)(
@@ -297,23 +296,24 @@ class RefitSession:
             finish(self._device, time.monotonic() + self._data_s)  # elsewhere all is there already
         return traffic
 
-    def _load_misc(self) -> tuple[Traffic, Ledger]:
-        """What travels whole, if any does: what moved, and digests of what arrived."""
+    def _load_misc(self) -> tuple[Traffic, Ledger | None]:
+        """What travels whole: what moved, and digests of what arrived; None where nothing travels so."""
         if not self._agreed.plan.misc_fqns:
-            return Traffic(), Ledger(0)
+            return Traffic(), None
         with self._guarded("misc"):
             loaded = self._agreed.lane.load(self._landing)
             finish(self._device, time.monotonic() + self._data_s)
         return loaded
 
-    def _verify(self, watch: Watch | None, tracker: Tracker | None, whole: Ledger) -> None:
+    def _verify(self, watch: Watch | None, tracker: Tracker | None, whole: Ledger | None) -> None:
         """Compare what landed, `whole` tensors included, with what trainers held, where the options ask for it."""
         if self._agreed.verifier is None or watch is None:
             return
         with self._guarded("verify"):
             if tracker is not None:
                 tracker.digest_in_place()
-            self._agreed.verifier.check(watch, Ledger(0) if tracker is None else tracker.ledger, whole)
+            bulk = Ledger(0) if tracker is None else tracker.ledger
+            self._agreed.verifier.check(watch, bulk, Ledger(0) if whole is None else whole)
             self._link.control.rest()
 
     def _tidy(self, version: int) -> None:

@@ -120,12 +120,13 @@ class FsdpSource:
         self._rename, self._stacked = rename, stacked_experts
         self._sharded = any(isinstance(p, DTensor) for p in module.parameters())
         self._found, self._places = self._find(), Places([module])
+        self._holdings = tuple(self._found.holdings)
 
     def table(self) -> TensorTable:
         """Every exported tensor of the whole model, held by this rank or not."""
         return dict(self._found.table)
 
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> tuple[Holding, ...]:
         """Live views of this rank's shards.
 
         Raises:
@@ -135,7 +136,8 @@ class FsdpSource:
             found = self._find()
             _check_same(self._found, found)
             self._found, self._places = found, Places([self._module])
-        return list(self._found.holdings)
+            self._holdings = tuple(found.holdings)
+        return self._holdings
 
     def unused(self) -> Mapping[str, str]:
         """Tensors of the module that are not exported, with the reason."""

@@ -47,11 +47,11 @@ class MegatronSource:
         """Every Hugging Face tensor of the whole model, held by this rank or not."""
         return dict(self._table)
 
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> tuple[Holding, ...]:
         """Live views of this rank's weights, replicas included; they alias the storage that the optimizer updates."""
         if self._places.moved:
             self._find()
-        return list(self._holdings)
+        return self._holdings
 
     def unused(self) -> Mapping[str, str]:
         """Megatron's entries that hold something but are no weights."""
@@ -60,7 +60,7 @@ class MegatronSource:
 
 def _derive(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, dtype: torch.dtype
-) -> tuple[list[Holding], dict[str, str]]:
+) -> tuple[tuple[Holding, ...], dict[str, str]]:
     holdings: dict[tuple[str, Region], Holding] = {}
     unused: dict[str, str] = {}
     problems: list[str] = []
@@ -78,7 +78,7 @@ def _derive(
     problems += _not_live(chunks, holdings.values())
     if problems:
         raise ValueError("trainer layout refused: " + "; ".join(problems))
-    return list(holdings.values()), unused
+    return tuple(holdings.values()), unused
 
 
 def _shards(model: torch.nn.Module) -> Iterator[tuple[str, ShardedTensor | ShardedObject]]:

@@ -194,17 +194,17 @@ class BenchSource:
 
     whole: TensorTable
     rows: list[Placed]
-    held: list[Holding] = field(init=False)
+    held: tuple[Holding, ...] = field(init=False)
     values: Values = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held = [Holding(*row) for row in self.rows]
+        self.held = tuple(Holding(*row) for row in self.rows)
         self.values = _values(self.rows, self.whole)
 
     def table(self) -> TensorTable:
         return self.whole
 
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> tuple[Holding, ...]:
         return self.held
 
     def unused(self) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from nemo_rl.refit.transports.steps import Batch, Schedule
 
 Done = Callable[[], bool]
 _MOST_RUNNING = 4  # batches: enough to keep links full, few enough for calls that start copies never to wait
+_ENOUGH = 2  # batches under way that leave time for something else
 _CLOSELY_S = 1e-3  # of a refit: looks without a pause, once only the last step is left
 
 
@@ -112,7 +113,7 @@ class Carrier:
             starts[number]()
             self._running.append((self._waiting.popleft(), mark()))
             self._tell()
-            if len(self._running) in (0, _MOST_RUNNING):  # otherwise the link is what has nothing to do yet
+            if not 0 < len(self._running) < _ENOUGH:  # otherwise the link is what has nothing to do soon
                 idle()
 
     def _tell(self) -> None:

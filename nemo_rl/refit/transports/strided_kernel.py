@@ -52,9 +52,9 @@ class StridedBatch:
 
     def launch(self, stream: torch.cuda.Stream) -> None:
         """Start on `stream`."""
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.device(self._device):
             for launch in self._launches:
-                launch()
+                launch(stream)
 
 
 def widest_item(src: int, dst: int, form: Form) -> int:

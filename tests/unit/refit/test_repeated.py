@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from nemo_rl.refit.repeated import Repeated
 
@@ -30,4 +34,15 @@ def test_arguments_are_looked_at_once(interpreted):
     for _ in range(3):
         launch()
     assert kernel.launched == [((7,), ("table", 3), {"num_warps": 4})] * (3 if interpreted else 1)
-    assert compiled.launched == [((7, 1, 1), ("table", 3), {})] * (0 if interpreted else 2)
+    assert compiled.launched == [((7, 1, 1), ("table", 3), {"stream": None})] * (0 if interpreted else 2)
+
+
+def test_a_stream_may_be_another_one_each_time(monkeypatch):
+    inside, compiled = [], Kernel()
+    kernel, streams = Kernel(compiled), [SimpleNamespace(cuda_stream=number) for number in (5, 6)]
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside.append(stream) or nullcontext())
+    launch = Repeated(kernel, 2, "table")
+    for stream in streams:
+        launch(stream)
+    assert inside == streams[:1], "what compiles runs on the current stream"
+    assert [options for _, _, options in compiled.launched] == [{"stream": 6}]

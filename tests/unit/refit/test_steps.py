@@ -183,12 +183,12 @@ def test_a_forwarder_that_is_late_holds_up_who_takes_from_it():
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_the_link_has_all_it_can_take_before_a_rank_does_something_else(at_once):
+def test_the_link_has_enough_to_do_before_a_rank_does_something_else(at_once):
     """Where starting a batch moves it, there is time for that between two of them."""
     _, _, _, schedule = schedules(True, 1, 1, 1, 1)
     counters, done = Counters(), []
     count = len(schedule.moved_by(0))
-    assert count > carry._MOST_RUNNING
+    assert count > carry._ENOUGH > 1
     starts = [lambda n=n: done.append(n) for n in range(count)]
 
     def mark():
@@ -200,7 +200,7 @@ def test_the_link_has_all_it_can_take_before_a_rank_does_something_else(at_once)
 
     Carrier(counters.of(0), schedule, 0).run(starts, mark, lambda step: None, idle, time.monotonic() + 10)
     assert [n for n in done if n != "idle"] == list(range(count))
-    assert done.index("idle") == (1 if at_once else carry._MOST_RUNNING)
+    assert done.index("idle") == (1 if at_once else carry._ENOUGH)
     assert not at_once or done[: 2 * count] == [x for n in range(count) for x in (n, "idle")]
 
 
