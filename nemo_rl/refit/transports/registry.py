@@ -23,7 +23,7 @@ from nemo_rl.refit.transports import grouped, m2n, mapped, peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
-from nemo_rl.refit.transports.grouped import Grouped
+from nemo_rl.refit.transports.grouped import STAGING_BYTES, Grouped
 from nemo_rl.refit.transports.hardware import gpu_of, hardware_of
 from nemo_rl.refit.transports.lanes import HostLanes, Lanes, num_lanes
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
@@ -102,8 +102,11 @@ TRANSPORTS: dict[str, Transport] = {
 }
 
 AUTO = ("peer", "nccl", "gloo")
-"""What `auto` takes of those that every rank supports: what is predicted to be fastest, or the first where links were
-not measured; where a channel was given, what passes messages."""
+"""What `auto` takes of those that every rank supports: what is predicted to be fastest, the first of those that are
+about as fast, or the first where links were not measured; where a channel was given, what passes messages."""
+
+_ALIKE = 1.05
+"""Predictions that differ by less are alike: the first transport of `AUTO` is taken, which needs the least memory."""
 
 NAMES = ("auto", *TRANSPORTS)
 
@@ -180,7 +183,7 @@ def choose(
     options: RefitOptions,
     demand: Demand,
 ) -> Choice:
-    """The fastest of `found` for a plan, as rank 0 predicts; every rank calls it."""
+    """The first of `found` that is as good as the fastest for a plan, as rank 0 predicts; every rank calls it."""
     if links is None:
         return Choice(found[0], {})
     told = b""
@@ -190,7 +193,8 @@ def choose(
         told = json.dumps(demand.predictions(links, givers, device, options.verify)).encode()
     predictions: dict[str, float] = json.loads(control.gather("agree", told)[0])
     fitting = [t for t in found if _room(t, facts, options) is None] or found
-    best = min(fitting, key=lambda t: predictions[t.name])  # the first of equals
+    least = min(predictions[t.name] for t in fitting)
+    best = next(t for t in fitting if predictions[t.name] <= _ALIKE * least)
     if control.rank == 0:
         wanting = [text for t in found if (text := _room(t, facts, options))]
         said = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in predictions.items())
@@ -207,7 +211,7 @@ def _givers(transport: Transport, demand: Demand, device: str) -> np.ndarray | N
 
 def _room(transport: Transport, facts: Facts, options: RefitOptions) -> str | None:
     """Why message buffers do not fit into some rank's memory; None where they do or nobody can tell."""
-    need = 0 if transport.one_sided else 2 * options.num_streams * options.bucket_bytes
+    need = 0 if transport.one_sided else max(STAGING_BYTES, 2 * options.num_streams * options.bucket_bytes)
     short = next((r for r, fact in facts.items() if fact.free_bytes is not None and fact.free_bytes < need), None)
     if short is None:
         return None

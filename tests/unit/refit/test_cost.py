@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,9 +225,19 @@ def test_nccl_is_no_choice_where_ranks_share_a_gpu():
     assert TRANSPORTS["gloo"].unsupported(0, world, facts(ranks=3)) is None, "a CPU may be shared"
 
 
-@pytest.mark.parametrize("free", [10 << 20, None])
+@pytest.mark.parametrize(("peer", "taken"), [(1.04, "peer"), (1.06, "gloo"), (0.5, "peer")])
+def test_of_transports_that_are_predicted_alike_the_first_is_taken(peer, taken, monkeypatch):
+    demand = SimpleNamespace(predictions=lambda *_: {"gloo": 1.0, "peer": peer})
+    monkeypatch.setattr(registry, "_givers", lambda *_: None)
+    control = Control(0, World((0,), (0,)), dist.HashStore(), 5.0)
+    found = [TRANSPORTS["peer"], TRANSPORTS["gloo"]]
+    links = Links({}, 1e9, 0.0, 0.0)
+    assert choose(control, found, links, facts(), RefitOptions(), demand).transport.name == taken
+
+
+@pytest.mark.parametrize("free", [500 << 20, None])
 def test_a_transport_whose_buffers_do_not_fit_is_not_taken(free, monkeypatch):
-    """`nccl` would be faster, but its message buffers need 2 x 2 x 16 MiB."""
+    """`nccl` would be faster, but its message buffers may need 512 MiB."""
     table = make_table({"w": ((64, 64), torch.bfloat16)})
     rows = [[("w", Region.whole((64, 64)))]]
     demand = demand_of(World.of(1, 1), table, rows, rows)
