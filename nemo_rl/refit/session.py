@@ -151,27 +151,27 @@ class RefitSession:
         `refit` of the same version goes on from here, and does this part itself where nobody asked for it. Every rank
         prepares, or none. Returns seconds by phase. Arguments and errors are those of `refit`.
         """
-        self._agree_to(version, num_steps, engines_serve=True)
+        self._agree_to(version, num_steps)
         with self._guarded("digest"):
             if self._source is not None and self._agreed.verifier is not None:
                 self._prepared = version, num_steps, self._agreed.verifier.look(self._holdings)
         return dict(self._phase_s)
 
-    def _agree_to(self, version: int, num_steps: int | None, engines_serve: bool) -> None:
+    def _agree_to(self, version: int, num_steps: int | None) -> None:
         """All ranks refit the same; this one's weights are complete, and their storage is known."""
         self._phase_s, rest = {}, []
 
         def meanwhile() -> None:
-            if self._source is not None or not engines_serve:  # whose driver answers sooner when it is asked again
+            if self._source is not None:
                 rest.append(await_rest(self._device))
-            self._find_source()
+                self._find_source(self._source)
 
         with self._guarded("agree"):
             self._check_version(version)
             items: dict[str, str | int | None] = {"plan digest": self._agreed.plan.digest, "version": version}
             agree(self._link.control, items | {"optimizer steps": num_steps}, meanwhile)
-            if self._source is not None:
-                rest[0](time.monotonic() + self._data_s)
+            for complete in rest:
+                complete(time.monotonic() + self._data_s)
             self._prepared = version, num_steps, None
 
     def refit(self, version: int, num_steps: int | None = None) -> RefitReport:
@@ -191,7 +191,7 @@ class RefitSession:
         """
         started, memory = time.monotonic(), PeakRss() if self.options.measure_memory else None
         if self._prepared is None or self._prepared[0] != version:
-            self._agree_to(version, num_steps, engines_serve=False)
+            self._agree_to(version, num_steps)
         assert self._prepared is not None
         (_, steps, first), self._prepared = self._prepared, None
         with self._guarded("begin"):
@@ -228,11 +228,9 @@ class RefitSession:
                 remedy="refit with a version above the committed one",
             )
 
-    def _find_source(self) -> None:
-        """Where there is one, find its storage again."""
-        if self._source is None:
-            return
-        fresh = tuple(self._source.holdings())
+    def _find_source(self, source: Source) -> None:
+        """Find its storage again."""
+        fresh = tuple(source.holdings())
         if fresh is self._holdings or fresh == self._holdings:  # the same objects
             return
         if strange := departure(fresh, self._holdings):

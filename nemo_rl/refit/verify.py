@@ -154,7 +154,6 @@ class Watch:
         """Take the first look, if it was not taken; does not wait."""
         if self._first is None and self._holdings is not None:
             self._first = self._verifier.look(self._holdings)
-            self._verifier.fetch(self._first)
 
     def step(self) -> None:
         """Go on as far as is possible without waiting; called as often as one likes, it seldom asks the store."""
@@ -164,13 +163,13 @@ class Watch:
             return
         self.look()
         if self._first is not None and self._held is None:
-            self._verifier.fetch(self._first)
             if not self._first.fetched:
                 return
             self._say(self._first)
-        if (now := time.monotonic()) < self._next_s:
-            return
-        self._next_s = now + max(_ASK_S, (now - self._started_s) * _ASK_SHARE)
+        if self._control.board is None:
+            if (now := time.monotonic()) < self._next_s:
+                return
+            self._next_s = now + max(_ASK_S, (now - self._started_s) * _ASK_SHARE)
         if self._control.posted(self._ticket, self._verifier.trainers):
             self._go_on()
 
@@ -198,14 +197,12 @@ class Watch:
         """All trainers have said what their first look saw: look again, and hear them."""
         if self._holdings is not None:
             self._second = self._verifier.look(self._holdings)
-            self._verifier.fetch(self._second)
         self._said = self._control.collect(self._ticket, "verify", self._verifier.peers)
         self.expected = self._verifier.expected(self._said, self._held)
 
     def _say(self, first: Ledger) -> None:
         """What the first look saw, told once to all ranks that compare something with it."""
         if self._held is None:
-            self._verifier.fetch(first)
             self._held = first.read(self._control.deadline_s)
             self._control.post(self._ticket, self._verifier.statements(self._held))
 
@@ -248,19 +245,15 @@ class Verifier:
         return Region(tuple(shared.offsets[index, :ndim].tolist()), tuple(shared.sizes[index, :ndim].tolist()))
 
     def look(self, holdings: Sequence[Holding]) -> Ledger:
-        """Start to digest all that this rank sends or holds like another row, beside other work of the device."""
+        """Start to digest all that this rank sends or holds like another row, and to bring it to the host, beside other
+        work of the device."""
         if self._looked is None or self._looked[0] is not holdings:
             self._looked = holdings, {row: holdings[row].view for row, _ in self._pieces}
         with beside(self._device):
             ledger = self._empty_ledger()
             self._digests.take(self._looked[1], ledger)
+            ledger.fetch()
         return ledger
-
-    def fetch(self, look: Ledger) -> None:
-        """Bring what `look` saw to the host, without waiting; an engine or a transfer may wait for `look` alone."""
-        if not look.on_the_way:
-            with beside(self._device):
-                look.fetch()
 
     def tidy(self) -> None:
         """Nobody reads looks of this refit any more: the next one finds room for its own."""
@@ -285,7 +278,7 @@ class Verifier:
             VerificationError: what changed in this rank's source or differs on this rank.
         """
         looks, said = watch.finish()
-        wrong = [] if looks is None else self.changes(*looks)
+        wrong = [] if looks is None or np.array_equal(*looks) else self.changes(*looks)
         if watch.expected is None or not bulk.taken.all() or not np.array_equal(bulk.read(), watch.expected):
             wrong += self.differences(said, looks and looks[0], bulk, misc)
         if wrong:

@@ -220,7 +220,7 @@ class Peer:
             assert tracker is not None and self._parts is not None
             tracker.arrived(self._parts[step], proven)
             left -= 1
-            if proven and not left:
+            if proven and left <= 1:  # once before the last step, so that nothing of it is new to the driver then
                 tracker.ledger.fetch()
 
         try:

@@ -16,6 +16,8 @@ from .simulated import raise_any
 class Store:
     """A control whose trainers have posted once `ready`. Who waits makes them, and goes on with the watch meanwhile."""
 
+    board = None
+
     def __init__(self):
         self.deadline_s = 5
         self.ready, self.posts, self.heard, self.waits, self.watch = False, [], 0, 0, None
@@ -54,10 +56,8 @@ class Looks:
         self.count += 1
         ledger = Ledger(1)
         ledger.room(torch.device("cpu"))[0] = self.count
-        return ledger
-
-    def fetch(self, ledger):
         ledger.fetch()
+        return ledger
 
     def expected(self, said, held):
         return None
