@@ -194,6 +194,7 @@ class Run:
         self.write(rows, left)
         for line in table(rows):
             log.info("%s", line)
+        log.info("all numbers: %s", self.out / "result.json")
         if left:
             log.info("not run: %s", left)
         good = all("error" not in r and (is_probe(r) or r["bit_exact"]) for r in rows)
@@ -317,8 +318,10 @@ def _numbers(row: Mapping[str, Any]) -> str:
     median, low, high = (row[f"seconds_{which}"] * 1e3 for which in ("median", "min", "max"))
     text = f"{median:8.1f} [{low:.1f}, {high:.1f}] ms {row['gb_per_s']:6.1f} GB/s"
     staging, peak, memory = (row[f"{which}_bytes"] >> 20 for which in ("staging", "peak", "memory"))
-    text += f" transfer {row['transfer_median'] * 1e3:.1f} ms, share {row.get('share_of_ceiling', 0):.3f},"
-    text += f" staging {staging} MiB, peak {peak}, memory {memory},{'' if row['verified'] else ' not'} verified, "
+    text += f" transfer {row['transfer_median'] * 1e3:.1f} ms, "
+    if "share_of_ceiling" in row:  # links were measured in the same run
+        text += f"share {row['share_of_ceiling']:.3f}, peak {peak} MiB, memory {memory} MiB, "
+    text += f"staging {staging} MiB,{'' if row['verified'] else ' not'} verified, "
     return text + ("bit-exact" if row["bit_exact"] else f"WRONG {row['wrong']}")
 
 
