@@ -158,9 +158,11 @@ def _num_heads(
 
 
 def _steps(message: np.ndarray, num_bytes: np.ndarray, step_bytes: int) -> np.ndarray:
-    """Step of each copy of one rank: whole messages in the order of the plan, of about equal bytes a step."""
+    """Step of each copy of one rank: whole messages in the order of the plan, of about equal bytes a step, or of one
+    message where that is longer. No step is empty."""
     size = np.bincount(message, num_bytes).astype(np.int64)
     ends, total = np.cumsum(size), int(size.sum())
     count = min(MOST_STEPS, max(1, total // step_bytes))
-    found: np.ndarray = np.minimum((ends - size // 2) * count // max(total, 1), count - 1)[message]
+    planned = np.minimum((ends - size // 2) * count // max(total, 1), count - 1)[message]
+    found: np.ndarray = np.unique(planned, return_inverse=True)[1].reshape(-1).astype(np.int32)
     return found

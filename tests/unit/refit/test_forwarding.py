@@ -98,6 +98,15 @@ def test_every_replica_gets_the_trainers_bytes(trainers, tp, replicas, units, pu
 
 
 @pytest.mark.parametrize("puts", [False, True])
+def test_messages_may_be_longer_than_steps(puts, monkeypatch):
+    monkeypatch.setattr(HostMemory, "puts", puts)
+    monkeypatch.setattr(HostMemory, "step_bytes", 256)
+    sim, sources, landings = world_of(1, 1, 3)
+    assert sim.sessions[0]._agreed.plan.bulk.messages[:, 5].max() > 2 * 256
+    refits(sim, sources, landings)
+
+
+@pytest.mark.parametrize("puts", [False, True])
 def test_storage_of_a_forwarder_that_moved_is_shown_again(puts, monkeypatch):
     monkeypatch.setattr(HostMemory, "puts", puts)
     sim, sources, landings = world_of(1, 1, 3)
