@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_rl.refit.base import Declaration, RefitOptions
+from nemo_rl.refit.base import Declaration, RefitOptions, RefitReport
 from nemo_rl.refit.cost import Demand
 from nemo_rl.refit.declare import agree, statement
 from nemo_rl.refit.lane import Lane, open_lane
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.link import Link
-from nemo_rl.refit.pipeline import Arrivals, Pipeline
+from nemo_rl.refit.pipeline import Arrivals, Pipeline, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.transports.mover import Mover, Setting
 from nemo_rl.refit.transports.registry import Choice, choose
@@ -37,6 +37,32 @@ class Agreed:
     choice: Choice
     mover: Mover
     lane: Lane
+
+    def report(
+        self,
+        version: int,
+        total_s: float,
+        phase_s: Mapping[str, float],
+        bulk: Traffic,
+        misc: Traffic,
+        extra_rss_bytes: int | None,
+    ) -> RefitReport:
+        """What this rank saw of a refit that moved `bulk` and `misc`."""
+        return RefitReport(
+            version=version,
+            transport=self.choice.transport.name,
+            verified=self.verifier is not None,
+            total_s=total_s,
+            phase_s=dict(phase_s),
+            bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
+            misc_bytes=misc.sent_bytes + misc.received_bytes,
+            staging_bytes=self.pipeline.staging_bytes + bulk.staging_bytes + misc.staging_bytes,
+            extra_rss_bytes=extra_rss_bytes,
+            required_bytes=self.plan.required_bytes,
+            predictions=self.choice.predictions,
+            engine_copies=bulk.engine_copies,
+            kernel_launches=bulk.kernel_launches,
+        )
 
     def close(self) -> None:
         """Give up the mover's windows and the lane; idempotent."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -15,17 +14,18 @@ from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, agree_still, share_declarations, share_sources
 from nemo_rl.refit.device import await_rest, finish
 from nemo_rl.refit.digest import Ledger
-from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError, named_error
+from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError
 from nemo_rl.refit.layout import Holding, Layout, SourceViews, departure
 from nemo_rl.refit.link import Link, connect
 from nemo_rl.refit.memory import PeakRss
+from nemo_rl.refit.phase import Phase
 from nemo_rl.refit.pipeline import Tracker, Traffic
 from nemo_rl.refit.plan import RefitPlan
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.registry import NAMES
-from nemo_rl.refit.verify import Watch
+from nemo_rl.refit.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -305,13 +305,13 @@ class RefitSession:
 
     def _verify(self, watch: Watch | None, tracker: Tracker | None, whole: Ledger | None) -> None:
         """Compare what landed, `whole` tensors included, with what trainers held, where the options ask for it."""
-        if self._agreed.verifier is None or watch is None:
+        if watch is None:
             return
         with self._guarded("verify"):
             if tracker is not None:
                 tracker.digest_in_place()
             bulk = Ledger(0) if tracker is None else tracker.ledger
-            self._agreed.verifier.check(watch, bulk, Ledger(0) if whole is None else whole)
+            watch.check(bulk, Ledger(0) if whole is None else whole)
             self._link.control.rest()
 
     def _tidy(self, version: int) -> None:
@@ -339,22 +339,8 @@ class RefitSession:
     def _report(
         self, version: int, total_s: float, bulk: Traffic, misc: Traffic, memory: PeakRss | None
     ) -> RefitReport:
-        agreed = self._agreed
-        report = RefitReport(
-            version=version,
-            transport=agreed.choice.transport.name,
-            verified=self.options.verify,
-            total_s=total_s,
-            phase_s=dict(self._phase_s),
-            bulk_bytes=bulk.sent_bytes + bulk.received_bytes,
-            misc_bytes=misc.sent_bytes + misc.received_bytes,
-            staging_bytes=agreed.pipeline.staging_bytes + bulk.staging_bytes + misc.staging_bytes,
-            extra_rss_bytes=None if memory is None else memory.extra_bytes,
-            required_bytes=agreed.plan.required_bytes,
-            predictions=agreed.choice.predictions,
-            engine_copies=bulk.engine_copies,
-            kernel_launches=bulk.kernel_launches,
-        )
+        extra = None if memory is None else memory.extra_bytes
+        report = self._agreed.report(version, total_s, self._phase_s, bulk, misc, extra)
         if self.rank == 0 and report.predicted_s is not None:
             seconds = total_s, report.predicted_s
             log.info("refit %d by '%s' took %.4f s, predicted %.4f s", version, report.transport, *seconds)
@@ -374,26 +360,13 @@ class RefitSession:
             raise RuntimeError("plan() comes before refit()")
         return self._agreed_or_none
 
-    @contextmanager
-    def _guarded(self, phase: str) -> Iterator[None]:
+    def _guarded(self, phase: str) -> Phase:
         """Time a phase; any failure becomes a RefitError, is told to all ranks, and poisons the session."""
         if self._failure is not None:
             raise PoisonedError(
                 f"the session failed before: {self._failure}", rank=self.rank, phase=phase, remedy="remake the session"
             ) from self._failure
-        started = time.monotonic()
-        try:
-            yield
-        except RefitError as error:
-            self._fail(error)
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            self._fail(RefitError("interrupted", rank=self.rank, phase=phase, remedy="remake the session"))
-            raise
-        except Exception as error:
-            self._fail(named := named_error(error, self.rank, phase))
-            raise named from error
-        self._phase_s[phase] = self._phase_s.get(phase, 0.0) + time.monotonic() - started
+        return Phase(phase, self.rank, self._phase_s, self._fail)
 
     def _fail(self, error: RefitError) -> None:
         # A copy, for logs too: the error's frames hold messages in flight, which keep connections open.

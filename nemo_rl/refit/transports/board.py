@@ -10,17 +10,16 @@ import fcntl
 import json
 import mmap
 import os
-import platform
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 from nemo_rl.refit.control import Control
 from nemo_rl.refit.errors import TransferError
+from nemo_rl.refit.transports import shared_file
 
 _LINE = 8  # words of a cache line, so that no two ranks write to the same one
 MOST_WORDS = 4  # that a rank brings to a meeting
@@ -70,14 +69,14 @@ class Board:
             TransferError: a rank did not come within the deadline.
         """
         first = control.world.trainers[0]
-        made, problem = _made(_size(control, lanes)) if control.rank == first else (-1, "")
+        made, problem = shared_file.made(_size(control, lanes)) if control.rank == first else (-1, "")
         board: Board | None = None
         try:
             pid = os.getpid()
-            mine = [(pid, _born(pid)), made, made >= 0 and os.fstat(made).st_ino]
+            mine = [(pid, shared_file.born(pid)), made, made >= 0 and os.fstat(made).st_ino]
             told = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
             processes = [(told[r][0][0], told[r][0][1]) for r in range(control.world.size)]
-            file, found = _opened(processes, processes[first][0], *told[first][1:])
+            file, found = shared_file.opened(processes, processes[first][0], *told[first][1:])
             if file is not None:
                 board, found = cls._mapped(control, file, processes, lanes)
             said = control.gather("connect", (problem or found).encode())
@@ -348,7 +347,8 @@ class Board:
 
     def _ended(self, ranks: Iterable[int]) -> list[int]:
         """Those whose process ended; each process is looked at once."""
-        gone = {(pid, born): _born(pid) != born for pid, born in {self._processes[rank] for rank in ranks}}
+        processes = {self._processes[rank] for rank in ranks}
+        gone = {(pid, since): shared_file.born(pid) != since for pid, since in processes}
         return [rank for rank in ranks if gone[self._processes[rank]]]
 
     def _late(self, values: Mapping[int, int], lane: int) -> dict[int, int]:
@@ -387,48 +387,3 @@ def _width(lanes: int) -> int:
 def _size(control: Control, lanes: int) -> int:
     """Bytes without letters: what each rank says, then what they decided."""
     return control.world.size * _width(lanes) * 8 + _DECISION * 8 + _MOST_TEXT
-
-
-def _made(num_bytes: int) -> tuple[int, str]:
-    """A file in memory of so many bytes, which are 0; or -1 and why there is none."""
-    try:
-        file = os.memfd_create("refit-board")
-    except OSError as error:
-        return -1, f"no board can be made: {error}"
-    try:
-        os.ftruncate(file, num_bytes)
-    except OSError as error:
-        os.close(file)
-        return -1, f"no board of {num_bytes} bytes can be made: {error}"
-    return file, ""
-
-
-def _opened(
-    processes: Sequence[tuple[int, int | None]], pid: int, number: int, inode: int
-) -> tuple[BinaryIO | None, str]:
-    """File `inode` that process `pid` has open under `number`, or why ranks cannot share it; that it could not make one
-    is for that process to say."""
-    if number < 0:
-        return None, ""
-    if platform.machine() != "x86_64":
-        return None, f"on {platform.machine()}, ranks may see each other's counters before what was done"
-    strange = next((p for p, born in set(processes) if born is None or _born(p) != born), None)
-    if strange is not None:
-        return None, f"process {strange} is not seen or another one here: no common process ids"
-    try:
-        file = os.fdopen(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC), "r+b", buffering=0)
-    except OSError as error:
-        return None, f"the board of process {pid} cannot be opened: {error}"
-    if os.fstat(file.fileno()).st_ino != inode:
-        file.close()
-        return None, f"process {pid} has another file here than it says: no common process ids"
-    return file, ""
-
-
-def _born(pid: int) -> int | None:
-    """When the process started, in ticks since boot; None where it is gone, or dead and its parent has not waited."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

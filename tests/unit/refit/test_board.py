@@ -200,7 +200,7 @@ def test_ranks_that_cannot_share_memory_have_no_board(monkeypatch):
     opened = os.open
     refused(monkeypatch, "os.open", lambda *_: opened("/dev/zero", os.O_RDWR), first + ".* has another file here")
     seen = iter((5, 5, None, 6, None, 6))  # each rank's own, then what it finds
-    refused(monkeypatch, "nemo_rl.refit.transports.board._born", lambda _: next(seen), "no common process ids")
+    refused(monkeypatch, "nemo_rl.refit.transports.shared_file.born", lambda _: next(seen), "no common process ids")
     refused(monkeypatch, "platform.machine", lambda: "aarch64", first + "on aarch64, ranks may see")
 
 

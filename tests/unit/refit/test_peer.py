@@ -25,7 +25,8 @@ from nemo_rl.refit.strided import Axis, Form, Jobs, Rows, form_of, merged
 from nemo_rl.refit.transports import carry, copy_engine, grouped, host_memory, parcels, peer, registry
 from nemo_rl.refit.transports.host_memory import HostMemory
 from nemo_rl.refit.transports.mover import Fact, Transport
-from nemo_rl.refit.verify import Verifier, Watch
+from nemo_rl.refit.verify import Verifier
+from nemo_rl.refit.watch import Watch
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
 

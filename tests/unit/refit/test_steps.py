@@ -204,8 +204,9 @@ def test_the_link_has_enough_to_do_before_a_rank_does_something_else(at_once):
     assert not at_once or done[: 2 * count] == [x for n in range(count) for x in (n, "idle")]
 
 
-def test_the_end_of_the_last_step_is_looked_for_without_a_pause():
+def test_the_end_of_the_last_step_is_looked_for_without_a_pause(monkeypatch):
     """Whoever pauses between two looks asks once more for each batch before the last one, and once for that."""
+    monkeypatch.setattr(carry, "_CLOSELY_S", 10.0)  # also on a busy host
     _, _, _, schedule = schedules(True, 1, 1, 1, 1)
     counters, paused = Counters(), []
     count = len(schedule.moved_by(0))

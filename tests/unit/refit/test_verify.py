@@ -7,7 +7,8 @@ import torch
 
 from nemo_rl.refit.digest import Ledger, digest_view
 from nemo_rl.refit.region import Region
-from nemo_rl.refit.verify import Verifier, Watch
+from nemo_rl.refit.verify import Verifier
+from nemo_rl.refit.watch import Watch
 
 from .planted import two_by_two
 from .simulated import raise_any
