@@ -103,13 +103,15 @@ class Rank:
         session.plan()
         return session
 
-    def refit(self, session: RefitSession, version: int) -> None:
+    def refit(self, session: RefitSession, version: int, prepared: bool = False) -> None:
         full = model(version, self.device)
         if self.source is not None:
             self.source.load(full)
         if self.landing is not None:
             self.landing.scramble()
             assert len(self.landing.wrong(full)) == len(TABLE), "destinations are random before"
+        if prepared:
+            session.prepare(version)
         session.refit(version)
         assert self.landing is None or not self.landing.wrong(full), f"version {version} differs"
 
@@ -125,7 +127,8 @@ class Rank:
             self.plant(session, session._agreed.mover)
         started = time.monotonic()
         try:
-            self.refit(session, 3)
+            # Who prepared has looked at its source: what changes there from now on is not what trainers held.
+            self.refit(session, 3, prepared=self.options.fault == "damaged")
         except RefitError as error:
             took, text = time.monotonic() - started, str(error)
             print(f"after {took:.2f} s: {type(error).__name__}: {text}", flush=True)
