@@ -18,7 +18,7 @@ from nemo_rl.grpo.warmup import ensure_start_model
 from nemo_rl.metrics import RunRecorder, make_run_folder, start_logging
 from nemo_rl.preflight import START_MODEL, validate
 from nemo_rl.schema import Config
-from nemo_rl.topology import device_of, topology_of
+from nemo_rl.topology import device_of, gpus_here, topology_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _model_path(config: Config, console: Console) -> Path:
     if config.policy.model_name != START_MODEL:
         return Path(config.policy.model_name).resolve()
     console.print("preparing the start model", style="dim")
-    return ensure_start_model(config, device_of(config)).resolve()
+    return ensure_start_model(config, device_of(config) if gpus_here() else "cpu").resolve()
 
 
 def _train(config: Config, title: str, folder: Path, model_path: Path, actors: Actors, console: Console) -> None:

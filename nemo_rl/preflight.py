@@ -19,7 +19,7 @@ from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.refit.base import LONGEST_S, MEASURE_LINKS, MOST_STREAMS
 from nemo_rl.refit.device import MULTICAST_OFF
 from nemo_rl.schema import Config
-from nemo_rl.topology import Topology, device_of, parallel_of, parallel_sizes, topology_of
+from nemo_rl.topology import Topology, device_of, gpus_here, parallel_of, parallel_sizes, topology_of
 from nemo_rl.trainer import families
 from nemo_rl.trainer.model import check_files, check_parallel, model_shape, read_config
 
@@ -41,6 +41,7 @@ def validate(config: Config) -> list[str]:
         *_batches(config, topology),
         *_lengths(config),
         *start_model,
+        *_devices(config),
         *_transport(config),
         *_combinations(config),
         *_asynchronous(config),
@@ -289,6 +290,14 @@ def _asynchronous(config: Config) -> Iterator[str]:
         yield (
             f"policy.generation.vllm_cfg.kv_cache_dtype={cache}: requests in flight would read their keys and values "
             f"by the scales of other weights; set {recompute}=true"
+        )
+
+
+def _devices(config: Config) -> Iterator[str]:
+    if device_of(config) == "cuda" and config.cluster.address is None and not gpus_here():
+        yield (
+            "cluster.device=cuda: torch finds no GPU on this machine; use one with GPUs after `make setup-gpu`, "
+            "give cluster.address, or set cluster.device=cpu"
         )
 
 

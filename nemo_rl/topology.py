@@ -40,7 +40,12 @@ def device_of(config: Config) -> str:
     """`cpu` or `cuda`: what all ranks compute on."""
     if config.cluster.device != "auto":
         return config.cluster.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpus_here() else "cpu"
+
+
+def gpus_here() -> bool:
+    """Whether torch finds a GPU on this machine; a cluster's driver may be on one that has none."""
+    return torch.cuda.is_available()
 
 
 def topology_of(config: Config) -> tuple[Topology, list[str]]:

@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from nemo_rl.grpo.data import EOS, PAD, Task, byte_tokenizer, padded_vocab_size, save_tokenizer
+from nemo_rl.grpo.types import RunError
 from nemo_rl.schema import Config, DataConfig, StartModelConfig
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,15 @@ def ensure_start_model(config: Config, device: str = "cpu") -> Path:
 
 
 def _make_apart(config: Config, path: Path, device: str) -> None:
-    """Raises RuntimeError where the process failed or took longer than actors may to start."""
+    """Raises RunError where the process failed or took longer than actors may to start."""
     maker = get_context("spawn").Process(target=_make, args=(config, path, device), daemon=True)
     maker.start()
     maker.join(config.cluster.start_deadline_s)
     if maker.exitcode != 0:
         late = maker.exitcode is None
         maker.kill()
-        why = f"was not made within {config.cluster.start_deadline_s:g} s" if late else "failed; see its error above"
-        raise RuntimeError(f"the start model {why}; lower start_model.warmup_steps or its size")
+        why = f"was not made within {config.cluster.start_deadline_s:g} s; lower start_model.warmup_steps or its size"
+        raise RunError(f"the start model {why if late else 'failed; see its error above'}")
 
 
 def _make(config: Config, path: Path, device: str) -> None:

@@ -18,9 +18,10 @@ GENERATORS = "policy.generation.colocated.resources.gpus_per_node"
 
 
 @pytest.fixture(autouse=True)
-def without_loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The loader is asked in a process of its own, which its own tests cover."""
+def without_loader_and_with_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The loader is asked in a process of its own, which its own tests cover; and machines of tests may lack GPUs."""
     monkeypatch.setattr(preflight, "check_loader", lambda *_: [])
+    monkeypatch.setattr(preflight, "gpus_here", lambda: True)
     yield
 
 
@@ -47,6 +48,13 @@ def test_multicast_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     (said,) = violations()
     assert said.startswith("NCCL_NVLS_ENABLE=1:") and "set it to 0" in said
+
+
+def test_gpus_that_are_not_there_are_refused_where_the_run_would_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "gpus_here", lambda: False)
+    (said,) = violations("cluster.device=cuda")
+    assert said.startswith("cluster.device=cuda: torch finds no GPU on this machine")
+    assert violations("cluster.device=cuda", "cluster.address=head:6379") == [] == violations()
 
 
 def test_one_device_for_both_sides() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from nemo_rl.grpo import warmup
 from nemo_rl.grpo.data import EOS, byte_tokenizer, load_tokenizer
+from nemo_rl.grpo.types import RunError
 from nemo_rl.grpo.warmup import ensure_start_model, start_model_path
 from nemo_rl.schema import Config, StartModelConfig
 
@@ -81,3 +82,9 @@ def test_warm_up_learns(tmp_path: Path) -> None:
         logits = model(input_ids=ids).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert loss.item() < 2.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_process_of_its_own_that_fails_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the start model failed; see its error above"):
+        ensure_start_model(configured(tmp_path, warmup_steps=1), "cuda")
