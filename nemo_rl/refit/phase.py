@@ -34,5 +34,6 @@ class Phase:
         elif isinstance(error, Exception):
             self._fail(named := named_error(error, self._rank, self._name))
             raise named from error
-        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
-            self._fail(RefitError("interrupted", rank=self._rank, phase=self._name, remedy="remake the session"))
+        else:  # KeyboardInterrupt, SystemExit, a cancelled task: what was under way is not finished
+            said = f"interrupted by {type(error).__name__}"
+            self._fail(RefitError(said, rank=self._rank, phase=self._name, remedy="remake the session"))

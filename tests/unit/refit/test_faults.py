@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from nemo_rl.refit.base import Declaration, RefitOptions, World
-from nemo_rl.refit.errors import AgreementError, RefitError, TransferError, VerificationError
+from nemo_rl.refit.errors import AgreementError, PoisonedError, RefitError, TransferError, VerificationError
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.misc import RootSink
 from nemo_rl.refit.plan import MiscBuffer
@@ -149,6 +150,30 @@ def test_a_hook_that_fails_rejects_everywhere_and_soon(hook):
     assert all(isinstance(r, RefitError) for r in results.values())
     assert any(f"planted in {hook}" in str(r) for r in results.values())
     assert all(landing.version == -1 for landing in landings) and time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+def test_an_interrupted_refit_is_over_for_all(interruption):
+    """Nothing may go on where it stopped, whatever stopped it."""
+
+    def stop(self, version):
+        raise interruption
+
+    sim, _, landings, _ = pair(
+        PlainLanding, type("Stopped", (PlainLanding,), {"begin": stop}), RefitOptions(deadline_s=9)
+    )
+
+    def refit(session):
+        try:
+            return session.refit(1)
+        except interruption as error:
+            return error
+
+    results = sim.all(refit)
+    text = f"generator 1 (rank 3) failed in phase 'begin': interrupted by {interruption.__name__}"
+    assert isinstance(results.pop(3), interruption)
+    assert all(isinstance(r, RefitError) and text in str(r) for r in results.values()), results
+    assert isinstance(sim.all(lambda s: s.refit(2), (3,))[3], PoisonedError) and landings[1].rejected
 
 
 def test_storage_that_moved_is_read_where_it_is():
