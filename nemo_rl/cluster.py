@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -88,7 +89,7 @@ class Cluster:
         self.close()
 
     def _start(self) -> None:
-        address = self._config.address
+        address = _resolved(self._config.address)
         answers = None if address is None else _answers(address)
         if answers is False:  # Ray itself asks for minutes
             raise ClusterError(f"Ray was not reached at {address}: {_remedy(answers)}")
@@ -188,6 +189,11 @@ class Cluster:
             ray.shutdown()
 
 
+def _resolved(address: str | None) -> str | None:
+    """`auto` as host:port where Ray has noted one: a cluster that was killed stays noted, and Ray would wait for it."""
+    return canonicalize_bootstrap_address(address) or address if address == "auto" else address
+
+
 def _answers(address: str) -> bool | None:
     """Whether anything does at `address`; None where it is not `host:port`."""
     host, _, port = address.rpartition(":")
@@ -206,7 +212,9 @@ def _remedy(answers: bool | None) -> str:
         case None:
             return f"check that a cluster runs on this machine, or give its address as host:port; {_TOKEN}"
         case False:
-            return "nothing answers there; check cluster.address, and that the head runs"
+            return (
+                "nothing answers there; check cluster.address, and that the head runs (`auto` is what Ray noted last)"
+            )
         case _:
             return f"something answers there; {_TOKEN}"
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
+from nemo_rl import cluster as cluster_module
 from nemo_rl.cluster import Actor, Cluster, ClusterError, wait_all
 from nemo_rl.refit.errors import PlanError
 from nemo_rl.schema import ClusterConfig
@@ -167,11 +168,24 @@ def test_whether_anything_answers_decides_the_remedy(monkeypatch: pytest.MonkeyP
         assert len(asked) == 1, "who does not answer takes seconds each time"
         listener.listen()
         assert "something answers there" in (said := join(place)) and "RAY_AUTH_MODE=token" in said
+    monkeypatch.setattr(cluster_module, "canonicalize_bootstrap_address", lambda address: None)
     assert "give its address as host:port" in join("auto")
+
+
+def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray keeps its address, for `auto`, and asks it for ever."""
+    refuse(monkeypatch, AssertionError("Ray is not asked"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        noted = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr(cluster_module, "canonicalize_bootstrap_address", lambda address: noted)
+        said = join("auto")
+    assert f"Ray was not reached at {noted}: nothing answers there" in said and "what Ray noted last" in said
 
 
 def test_a_driver_without_a_token_is_told_where_to_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, AuthenticationError("no authentication token was found"))
+    monkeypatch.setattr(cluster_module, "canonicalize_bootstrap_address", lambda address: None)
     said = join("auto")
     assert "Ray refused this driver: no authentication token was found" in said and "~/.ray/auth_token" in said
 
