@@ -142,7 +142,7 @@ class Peer:
         self._tried, mute = True, ""
         if tracker is not None and self._lands_in_place:
             try:
-                self._memory.show(list(tracker.rows(IN_PLACE).values()))
+                self._memory.show([view for view in tracker.rows(IN_PLACE).values() if view.numel()])
             except OSError as error:
                 mute = str(error)
                 log.warning("%s neither forwards nor is written to: %s", self._world.describe(self._rank), mute)

@@ -233,6 +233,31 @@ def test_storage_that_moved_is_shown_again():
     assert all(same_bytes(t, full[f].flip(0)) for (f, _), t in zip(landing.rows, landing.storage, strict=True)), old
 
 
+@pytest.mark.parametrize("puts", [False, True])
+def test_rows_without_elements_lie_nowhere(puts, monkeypatch, caplog):
+    """Their address is 0, of which a GPU has no allocation to show."""
+    table = make_table({"a": ((8, 6), torch.float32), "b": ((0, 4), torch.float32), "c": ((5,), torch.bfloat16)})
+    generator = torch.Generator().manual_seed(3)
+    full = {f: random_bytes(m.shape, m.dtype, generator) for f, m in table.items()}
+    rows = [(f, Region.whole(m.shape)) for f, m in table.items()]
+    show, shown = HostMemory.show, []
+
+    def strict(self, views):
+        if any(view.data_ptr() == 0 for view in views):
+            raise OSError("finding an allocation: invalid argument")
+        shown.append(len(views))
+        return show(self, views)
+
+    monkeypatch.setattr(HostMemory, "puts", puts)
+    monkeypatch.setattr(HostMemory, "show", strict)
+    source, landing = PlainSource.of(full, table, rows), PlainLanding(rows)
+    sim = SimulatedWorld([source], [landing], RefitOptions(transport="peer", deadline_s=5))
+    raise_any(sim.start())
+    raise_any(sim.refit(0))
+    assert all(same_bytes(t, full[f]) for (f, _), t in zip(rows, landing.storage, strict=True))
+    assert set(shown) == {2} and "neither forwards nor is written to" not in caplog.text
+
+
 def test_memory_that_rows_left_is_not_kept_mapped(monkeypatch):
     """It would not be free at its owner, and stand for what the owner has at the same place later."""
     numbers, kept = iter(range(99)), []
