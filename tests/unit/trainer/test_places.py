@@ -36,7 +36,15 @@ def assigned_state(made: torch.nn.Sequential) -> None:
     made.load_state_dict({name: t.clone() for name, t in made.state_dict().items()}, assign=True)
 
 
-CHANGES = (other_parameter, other_buffer, other_module, other_storage, assigned_state)
+def one_more(made: torch.nn.Sequential) -> None:
+    made[1].register_parameter("scale", Parameter(torch.ones(3)))
+
+
+def one_less(made: torch.nn.Sequential) -> None:
+    del made.tied
+
+
+CHANGES = (one_more, one_less, other_parameter, other_buffer, other_module, other_storage, assigned_state)
 
 
 @pytest.mark.parametrize("change", CHANGES)
