@@ -82,15 +82,22 @@ def run(program: str, folder: Path, scenarios: list[str], device: Literal["cpu",
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def answer(scenarios: Mapping[str, Callable[..., dict[str, bool]]], kinds: Mapping[str, Kind] = KINDS) -> None:
-    """The program: run the scenarios of the command line, and print one JSON line of what was found."""
+def answer(
+    scenarios: Mapping[str, Callable[..., dict[str, bool]]], kinds: Mapping[str, Kind] = KINDS, fresh: bool = True
+) -> None:
+    """The program: run the scenarios of the command line, and print one JSON line of what was found.
+
+    Args:
+        scenarios: called with an engine that loaded A, the checkpoints A and B, and, if `fresh`, what an engine that
+            loaded B computes.
+    """
     found: dict[str, bool] = {}
     for one in sys.argv[2:]:
         what, kind, precision, size = one.split()
         folder, tp = Path(sys.argv[1]) / one.replace(" ", "_"), int(size)
         a, b = (make_checkpoint(folder / n, kinds[kind], s, precision) for n, s in (("a", 1), ("b", 2)))
-        fresh_b = with_engine(b, kinds[kind], precision, tp, observe)
-        checks = with_engine(a, kinds[kind], precision, tp, lambda e: scenarios[what](e, a, b, fresh_b))  # noqa: B023
+        seen = [with_engine(b, kinds[kind], precision, tp, observe)] if fresh else []
+        checks = with_engine(a, kinds[kind], precision, tp, lambda e: scenarios[what](e, a, b, *seen))  # noqa: B023
         found |= {f"{one}: {name}": ok for name, ok in checks.items()}
     sys.stdout.write(json.dumps(found) + "\n")
     sys.stdout.flush()

@@ -64,7 +64,7 @@ def errors(path: str, answers: Sequence[Generated], version: int) -> list[float]
     return worst
 
 
-def in_flight(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+def in_flight(engine: VllmEngine, a: str, b: str) -> dict[str, bool]:
     """A refit from `a` to `b` while requests grow."""
     alone = [x for (x,) in engine.generate(ASKED, 1, LENGTH, 1.0, seed=list(range(len(ASKED))))]
     with trained(engine, FileSource(b), RefitOptions(deadline_s=30)) as refit:
@@ -80,7 +80,7 @@ def in_flight(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, boo
     return found
 
 
-def landed_in_flight(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+def landed_in_flight(engine: VllmEngine, a: str, b: str) -> dict[str, bool]:
     """As `in_flight`, for engines on a device that a trainer of this process does not reach: bytes land directly."""
 
     def session(method: str, *args: Any) -> list[RefitReport]:
@@ -118,7 +118,7 @@ def parts_are_whole(parts: dict[str, float]) -> bool:
     return named <= set(parts) and all(s >= 0 for s in parts.values()) and 0 < sum(parts.values()) < 5
 
 
-def refused(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]:
+def refused(engine: VllmEngine, a: str, b: str) -> dict[str, bool]:
     """Without leave to go on over old keys and values, a refit in flight fails, and requests end with the reason."""
     with trained(engine, FileSource(b), RefitOptions(deadline_s=30)) as refit:
         answers, said, error = generate_beside(engine, lambda: raised(RefitError, lambda: refit(1)))
@@ -132,4 +132,4 @@ def refused(engine: VllmEngine, a: str, b: str, fresh_b: Any) -> dict[str, bool]
 if __name__ == "__main__":
     kinds = {f"dense-{mode}": Kind("Qwen3", engine={"in_flight": mode}) for mode in MODES}
     landed = {f"landed-{mode}": landed_in_flight for mode in MODES[:2]}
-    answer({"keep": in_flight, "recompute": in_flight, "refuse": refused, **landed}, kinds)
+    answer({"keep": in_flight, "recompute": in_flight, "refuse": refused, **landed}, kinds, fresh=False)

@@ -149,9 +149,10 @@ class Rank:
             self.landing.open = lambda unit: die()  # type: ignore[assignment, method-assign]
         elif self.landing is not None and self.options.fault == "damaged":
             self.damage_on_arrival(mover)
+        elif mover._mine and self.options.fault == "damaged":
+            self.damage_between(session, mover)
         elif mover._mine:
-            number = len(mover._mine) // 2 if self.options.fault == "killed" else self.number_of(mover._mine, mover)
-            act_at(mover._memory, "mark", max(1, number), act)  # before what this rank moves at that place
+            act_at(mover._memory, "mark", len(mover._mine) // 2, act)  # before what this rank moves at that place
         else:
             act_at(mover._carrier, "_tell", 1, act)
 
@@ -159,6 +160,18 @@ class Rank:
         """Which of `batches` moves the victim's bytes."""
         rows = mover._plan.bulk.dst_row
         return next(n for n, b in enumerate(batches) if (rows[b.indices] == list(TABLE).index(VICTIM)).any())
+
+    def damage_between(self, session: RefitSession, mover: Any) -> None:
+        """A source, behind its first look and before its bytes move."""
+        starts, number = mover._starts[1], self.number_of(mover._mine, mover)
+        inner = starts[number]
+
+        def start() -> None:
+            session._link.control.idle()
+            self.damage()
+            inner()
+
+        starts[number] = start
 
     def damage_on_arrival(self, mover: Any) -> None:
         carrier = mover._carrier
