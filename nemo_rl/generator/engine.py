@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ _NO_MULTICAST = {"pass_config": {"fuse_allreduce_rms": False}}
 """Else vLLM sums over ranks by FlashInfer's kernels, where that is installed, and they use NVLink multicast."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a refit did beforehand: each worker's phases, the parts of its pause, and seconds until steps had ended."""
+
+    version: int
+    phases: Sequence[Mapping[str, float]] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
+    settle_s: float = 0.0
+
+
 class VllmEngine:
     """A vLLM engine and its workers. The process needs `worker_env(config)` as environment.
 
@@ -42,7 +52,7 @@ class VllmEngine:
         self._refusal: str | None = None
         self._as_loaded = config.load_format == "auto"  # the weights are those that the engine read itself
         self._start_check = False
-        self._prepared: tuple[int, list[dict[str, float]], dict[str, float]] = (-1, [], {})
+        self._prepared = _Prepared(-1)
         self._llm: Any = _make_llm(config)
         self._adapter: Any = None
         if config.adapter is not None:
@@ -157,32 +167,41 @@ class VllmEngine:
 
     def refit_prepare(self, version: int) -> None:
         """Agree on `version` with all ranks, between two steps. Raises RefitError."""
-        laps = Laps()
-        with self._gate.pause():
-            laps.lap("pause")
+        with self._at_rest() as settle_s:
+            laps = Laps()
             phases = self._all("refit_prepare", version)
             laps.lap("agree")
-        self._prepared = version, phases, laps.parts
+        self._prepared = _Prepared(version, phases, laps.parts, settle_s)
 
     def refit(self, version: int) -> list[RefitReport]:
         """Take the trainers' weights as `version`; one report per worker, in rank order.
+
+        A report's phase `settle` is how long steps under way took to end, of which tokens came; `pause_s` begins there.
 
         Raises:
             RefitError: what the first failing worker said, with the others' words, or that cached keys and values of
                 the old weights are kept, or that version 0 computes something else than the weights that the engine
                 read itself; the engine refuses to generate.
         """
-        laps, waits = Laps(), self._stepper.num_running > 0
-        with self._gate.pause():
-            self._stepper.settle(self.weight_version)
-            laps.lap("pause")
+        waits = self._stepper.num_running > 0
+        with self._at_rest() as settle_s:
+            laps = Laps()
             reports = self._refit(version, laps)
         if waits:
             self._gate.resumed()
         laps.lap("resume")
-        (_, phases, parts) = self._prepared if self._prepared[0] == version else (version, [], {})
-        parts = pause_parts(laps.parts, reports, phases, parts)
-        return [replace(report, pause_s=parts) for report in reports]
+        before = self._prepared if self._prepared.version == version else _Prepared(version)
+        parts = pause_parts(laps.parts, reports, before.phases, before.parts)
+        settle = {"settle": settle_s + before.settle_s}
+        return [replace(report, pause_s=parts, phase_s={**report.phase_s, **settle}) for report in reports]
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[float]:
+        """Between two steps, with nothing scheduled ahead; seconds until the steps under way had ended."""
+        started = time.monotonic()
+        with self._gate.pause():
+            self._stepper.settle(self.weight_version)
+            yield time.monotonic() - started
 
     def _refit(self, version: int, laps: Laps) -> list[RefitReport]:
         answers = self._probe() if self._start_check and version == 0 else None

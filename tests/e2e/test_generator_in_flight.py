@@ -77,6 +77,7 @@ def in_flight(engine: VllmEngine, a: str, b: str) -> dict[str, bool]:
     )
     found["what follows differs"] = all(x.token_ids != y.token_ids for x, y in zip(answers, alone, strict=True))
     found["parts of the pause add up"] = parts_are_whole(report.pause_s)
+    found["the pause begins behind the steps under way"] = report.phase_s["settle"] > 0
     return found
 
 
@@ -114,7 +115,7 @@ def came_upon(engine: VllmEngine, a: str, b: str, answers: Sequence[Generated], 
 
 
 def parts_are_whole(parts: dict[str, float]) -> bool:
-    named = {"pause", "agree", "begin", "transfer", "verify", "commit", "call", "caches", "resume"}
+    named = {"agree", "begin", "transfer", "verify", "commit", "call", "caches", "resume"}
     return named <= set(parts) and all(s >= 0 for s in parts.values()) and 0 < sum(parts.values()) < 5
 
 

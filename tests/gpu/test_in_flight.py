@@ -13,17 +13,10 @@ pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(find_spec("vllm") is None, 
 PROGRAM = str(engines.ROOT / "tests" / "e2e" / "test_generator_in_flight.py")
 
 
-def found(folder: Path, size: int) -> dict[str, bool]:
-    scenarios = [f"landed-{mode} dense-{mode} bfloat16 {size}" for mode in ("keep", "recompute")]
-    return engines.run(PROGRAM, folder, scenarios, "cuda")
-
-
-def test_weights_that_come_between_two_steps(tmp_path: Path) -> None:
-    said = found(tmp_path, 1)
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+def test_weights_that_come_between_two_steps(size: int, mode: str, tmp_path: Path) -> None:
+    """Into an engine of so many ranks, over kept caches and recomputed ones."""
+    said = engines.run(PROGRAM, tmp_path, [f"landed-{mode} dense-{mode} bfloat16 {size}"], "cuda")
     engines.check(said)
-    assert sum(name.endswith("batches scheduled ahead: True") for name in said) == 2
-
-
-@pytest.mark.gpu(2)
-def test_two_ranks(tmp_path: Path) -> None:
-    engines.check(found(tmp_path, 2))
+    assert any(name.endswith("batches scheduled ahead: True") for name in said)
