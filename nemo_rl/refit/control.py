@@ -126,6 +126,7 @@ class Control:
         outgoing: Mapping[int, bytes],
         ranks: Iterable[int],
         look: Callable[[], None] = lambda: None,
+        deadline_s: float | None = None,
     ) -> dict[int, bytes]:
         """Give each rank of `outgoing` a payload of its own, and wait for those that `ranks` have for this one.
 
@@ -133,10 +134,11 @@ class Control:
 
         Args:
             look: called now and then by who waits; what it raises ends the wait.
+            deadline_s: longest wait, where others wait for what this rank makes of what it hears.
         """
         ticket = self.ticket()
         self._post(ticket, {str(reader): payload for reader, payload in outgoing.items()})
-        said = self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase, look)
+        said = self._await({r: f"{ticket}/{r}/{self.rank}" for r in sorted(ranks)}, phase, look, deadline_s)
         self.end(ticket)
         return said
 
@@ -201,9 +203,16 @@ class Control:
         """Values of keys that are set, in one round trip."""
         return self.asked.multi_get(keys)
 
-    def _await(self, keys: Mapping[int, str], phase: str, look: Callable[[], None] = lambda: None) -> dict[int, bytes]:
+    def _await(
+        self,
+        keys: Mapping[int, str],
+        phase: str,
+        look: Callable[[], None] = lambda: None,
+        deadline_s: float | None = None,
+    ) -> dict[int, bytes]:
         """Values of `keys`, with pauses that grow with the time waited, so that little of it is lost to them."""
         started, names, looked = time.monotonic(), list(keys.values()), 0.0
+        longest_s = self.deadline_s if deadline_s is None else deadline_s
         while not self.asked.check(names):
             waited = time.monotonic() - started
             if waited > looked + _ABORT_S:
@@ -211,8 +220,8 @@ class Control:
                 if self.asked.check([_ABORT]) and not self.asked.check(names):  # what is complete counts
                     self.raise_if_aborted(phase)
                 look()
-            if waited > self.deadline_s:
-                self._give_up(phase, [r for r, key in keys.items() if not self.asked.check([key])])
+            if waited > longest_s:
+                self._give_up(phase, longest_s, [r for r, key in keys.items() if not self.asked.check([key])])
             self.idle()
             time.sleep(min(max(_LEAST_PAUSE_S, waited * _PAUSE_SHARE), _MOST_PAUSE_S))
         return dict(zip(keys, self.read(names), strict=True))
@@ -298,10 +307,10 @@ class Control:
             self.asked.delete_key(key)
         self._written = self._written[count:]
 
-    def _give_up(self, phase: str, missing: list[int]) -> None:
+    def _give_up(self, phase: str, waited_s: float, missing: list[int]) -> None:
         names = ", ".join(self.world.describe(r) for r in missing)
         raise TransferError(
-            f"waited {self.deadline_s:g} s for {names}",
+            f"waited {waited_s:g} s for {names}",
             rank=self.rank,
             phase=phase,
             remedy="look at those ranks' logs: they died, hang, or never called this refit",

@@ -177,7 +177,7 @@ class Demand:
             found[name] = always + (max(moving, misc) if beside else moving + misc)
             if verify:
                 looks = _verify_s(self, load, links, rates.overlaps)
-                found[name] += max(2 * looks - moving, 0.0) if beside else looks
+                found[name] += max(2 * looks - moving, 0.0) if rates.overlaps else looks
         return found
 
 
@@ -193,8 +193,8 @@ def _misc_s(plan: RefitPlan, rates: Rates) -> float:
 def _verify_s(demand: Demand, bulk: Load, links: Links, overlaps: bool) -> float:
     """Trainers look before and after, at no more than they hold, and what landed is read once.
 
-    Beside messages all but one look is hidden, beside copies in memory all of it that takes no longer than they do;
-    otherwise what landed is read while trainers look again.
+    Beside what moves without the processor all of it is hidden that takes no longer; otherwise what landed is read
+    while trainers look again.
     """
 
     def look(ranks: np.ndarray, most: int) -> float:

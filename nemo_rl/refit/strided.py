@@ -116,6 +116,12 @@ class Jobs:
     def __len__(self) -> int:
         return len(self.forms)
 
+    @classmethod
+    def all_of(cls, parts: Sequence[Jobs]) -> Jobs:
+        """One after the other."""
+        src, dst = (np.concatenate([getattr(part, end) for part in parts]) for end in ("src", "dst"))
+        return cls(src, dst, tuple(form for part in parts for form in part.forms))
+
     def take(self, numbers: np.ndarray) -> Jobs:
         return Jobs(self.src[numbers], self.dst[numbers], tuple(self.forms[i] for i in numbers.tolist()))
 
@@ -147,10 +153,7 @@ def merged(jobs: Jobs, room: np.ndarray) -> Jobs:
             be one allocation at either end, or engines refuse it.
     """
     parts = [_merged(jobs.take(np.flatnonzero(room == number))) for number in np.unique(room).tolist()]
-    if not parts:
-        return jobs
-    src, dst = (np.concatenate([getattr(part, end) for part in parts]) for end in ("src", "dst"))
-    return Jobs(src, dst, tuple(form for part in parts for form in part.forms))
+    return Jobs.all_of(parts) if parts else jobs
 
 
 def _merged(jobs: Jobs) -> Jobs:
@@ -246,6 +249,10 @@ class Places:
     def dense(self) -> np.ndarray:
         found: np.ndarray = ((self.strides == self.packed) | (self.sizes == 1)).all(axis=1)
         return found
+
+    def take(self, chosen: np.ndarray) -> Places:
+        """Of copies `chosen`, in that order."""
+        return Places(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
     def into(self, base: int) -> Jobs:
         """Copies that pack the boxes one after another into a buffer at address `base`."""

@@ -24,6 +24,7 @@ from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.layout import Holding, TensorTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
+from nemo_rl.refit.transports import parcels
 from tests.unit.refit.simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
 
 DEADLINE_S = 6.0
@@ -143,10 +144,8 @@ class Rank:
     def plant(self, session: RefitSession, mover: Any) -> None:
         """Act in the middle of what this rank moves, or of what it waits for; damage what landed as soon as it did."""
         act: Callable[[], object] = die if self.options.fault == "killed" else self.damage
-        if self.options.transport == "nccl" and self.landing is None:
-            session._src_view = lambda row, region: die()  # type: ignore[assignment]
-        elif self.options.transport == "nccl" and self.landing is not None:
-            self.landing.open = lambda unit: die()  # type: ignore[assignment, method-assign]
+        if self.options.transport == "nccl":
+            act_at(mover._lanes, "exchange", 1 if self.options.at_once else 5, act)
         elif self.landing is not None and self.options.fault == "damaged":
             self.damage_on_arrival(mover)
         elif mover._mine and self.options.fault == "damaged":
@@ -235,6 +234,9 @@ def main() -> None:
     p.add_argument("--replaces", action="store_true", help="come for a rank that was killed")
     options = p.parse_args()
     faulthandler.dump_traceback_later(HANGS_S)
+    if options.transport == "nccl":
+        for name in ("PARCEL_BYTES", "PACKED_BYTES", "LEAST_BYTES"):
+            setattr(parcels, name, 4 << 20)
     if options.transport == "peer":
         from nemo_rl.refit.transports.mapped import memory_of
 

@@ -1,9 +1,9 @@
 """Parcels over lanes: the mover of ranks that pass messages, at the speed of large ones.
 
-A parcel that is one contiguous range at an end is sent from there or received there; any other is packed into a slot or
-spread out of one by one prepared launch. Receivers choose the order of bytes (`parcels.wire_order`), so that most bytes
-are packed on one side only. The host posts everything ahead: slots are guarded by what the stream waits for, and on
-GPUs the host itself waits only at the end.
+A transfer that is one contiguous range at an end is sent from there or received there; all others of a parcel are
+packed into a slot or spread out of one by one prepared launch. Receivers choose the order of bytes
+(`parcels.wire_order`), so that most bytes are packed on one side only. The host posts everything ahead: slots are
+guarded by what the stream waits for, and on GPUs the host itself waits only at the end.
 """
 
 from __future__ import annotations
@@ -18,19 +18,28 @@ import torch
 
 from nemo_rl.refit.device import beside, rejoin
 from nemo_rl.refit.errors import RefitError, TransferError
-from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Rows, jobs_of
 from nemo_rl.refit.transports import parcels
-from nemo_rl.refit.transports.lanes import Aside, Flight, Lanes, Post, num_lanes
+from nemo_rl.refit.transports.lanes import Aside, Flight, Lanes, num_lanes
 from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
-from nemo_rl.refit.transports.parcels import Order, Parcel, Rules, groups_of, pairs_of, parcels_of, wire_order
+from nemo_rl.refit.transports.parcels import (
+    Ends,
+    Limits,
+    Order,
+    Parcel,
+    Rules,
+    groups_of,
+    pairs_of,
+    parcels_of,
+    wire_order,
+)
 
-SLOTS_AHEAD = 3
-"""Parcels of a direction that are packed or spread while lanes are busy: packing is seldom even with the wire."""
+AHEAD = 5
+"""Groups that are prepared while lanes are busy: packing is seldom even with the wire."""
 
 STAGING_BYTES = 512 << 20
 """Of all slots of a rank; parcels are so small that each direction has a slot more than lanes."""
@@ -63,9 +72,11 @@ class Grouped:
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
         self._num_lanes = num_lanes(setting.messages.num_streams)
-        self._depth = self._num_slots()
-        self._out, self._in = (End(setting, out, self._depth, lanes.prepare) for out in (True, False))
+        self._depth = self._num_lanes + AHEAD  # groups that were posted and not settled
+        slots = self._num_slots()
+        self._out, self._in = (End(setting, out, slots, lanes.prepare) for out in (True, False))
         self._groups: list[list[Parcel]] | None = None
+        self._wire_bytes = 0, 0  # sent and received
         self._final: dict[int, bool] = {}  # group -> all of its parcel lands in final storage
         self._parts: dict[tuple[int, int], Part] = {}
         self._landed: list[Parcel] = []  # in final storage, not looked at yet
@@ -73,8 +84,16 @@ class Grouped:
         self._seen: Callable[[int, Region], object] | None = None
 
     def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
-        """See `Mover.ready`."""
-        return False
+        """Find out where rows lie: what parcels are made of, which is agreed on again wherever any moved."""
+        copies, moved = self._plan.bulk, False
+        sends = (copies.src_rank == self._rank) & ~self._skip
+        if sends.any() and src_view is not self._seen:
+            self._seen, layout = src_view, self._setting.sources[self._rank]
+            used = np.unique(copies.src_row[sends]).tolist()
+            moved = self._out.place({row: src_view(row, layout.region(row)) for row in used}, layout)
+        if tracker is not None and self._lands_in_place(copies, tracker).any():
+            moved |= self._in.place(tracker.rows(IN_PLACE), tracker.layout)
+        return moved or self._groups is None
 
     def run(
         self,
@@ -86,61 +105,55 @@ class Grouped:
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming the peers, round and parameter that this rank waited for."""
         end = time.monotonic() + deadline_s
-        moved = self._place(copies, src_view, tracker)
         # The same parcels went where they go before, and what landed was looked at behind the last of them: none writes
         # where another one lands. From then on each is looked at as soon as it landed, but where rows share memory:
         # equal bytes hide that one overwrites another.
-        self._proven = self._groups is not None and not moved and self._apart
-        if self._groups is None or moved:
+        self._proven = not news and self._apart
+        if news or self._groups is None:
             self._apart = self._lies_apart(copies, tracker)
-            self._groups = self._agree(copies, tracker) if self._groups is None else self._groups
+            self._groups = self._agree(copies, tracker, deadline_s)
             self._fit(copies, self._groups, tracker)
+            self._wire_bytes = copies.wire_bytes(self._rank)
+            self._parts.clear()
         # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
         with self._lanes.ahead() if tracker is None else nullcontext(nullcontext) as aside:
             posted = self._run(self._groups, copies, tracker, end, aside)
         self._finish(posted, copies, end)
-        return Traffic(*copies.wire_bytes(self._rank), self._out.staging_bytes + self._in.staging_bytes)
+        return Traffic(*self._wire_bytes, self._out.staging_bytes + self._in.staging_bytes)
 
     def _run(
         self, groups: Sequence[Sequence[Parcel]], copies: CopyTable, tracker: Tracker | None, end: float, aside: Aside
     ) -> list[_Posted]:
         posted: list[_Posted] = []
-        look = self._meanwhile()
+        settled, look = 0, self._meanwhile()
 
         def serve() -> None:
             with aside():
                 look()
 
         for number, group in enumerate(groups):
-            if number >= self._depth:
-                self._settle(number - self._depth, posted, copies, tracker, end)
+            free = self._free_before(number)
+            for earlier in range(settled, free):
+                self._settle(earlier, posted, copies, tracker, end)
+            settled = max(settled, free)
             posted.append(self._post(number, group, copies, tracker, serve))
             serve()
-        for number in range(max(0, len(posted) - self._depth), len(posted)):
+        for number in range(settled, len(posted)):
             self._settle(number, posted, copies, tracker, end)
         if tracker is not None:
             self._look_at_landed(tracker)
             rejoin(self._setting.device)
         return posted
 
+    def _free_before(self, number: int) -> int:
+        """How many groups are to be settled before group `number` is posted."""
+        users = [one for end in (self._out, self._in) if (one := end.before(number)) is not None]
+        return max(0, number - self._depth + 1, *(one + 1 for one in users))
+
     def close(self) -> None:
         self._lanes.close()
 
     # ---- before the first byte
-
-    def _place(
-        self, copies: CopyTable, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None
-    ) -> bool:
-        """Find out where rows lie; whether any lies elsewhere than in the last refit."""
-        moved = False
-        sends = (copies.src_rank == self._rank) & ~self._skip
-        if sends.any() and src_view is not self._seen:
-            self._seen, layout = src_view, self._setting.sources[self._rank]
-            used = np.unique(copies.src_row[sends]).tolist()
-            moved = self._out.place({row: src_view(row, layout.region(row)) for row in used}, layout)
-        if tracker is not None and self._lands_in_place(copies, tracker).any():
-            moved |= self._in.place(tracker.rows(IN_PLACE), tracker.layout)
-        return moved
 
     def _lands_in_place(self, copies: CopyTable, tracker: Tracker) -> np.ndarray:
         found: np.ndarray = (copies.dst_rank == self._rank) & ~self._skip
@@ -153,33 +166,36 @@ class Grouped:
             return True
         return self._in.rows.apart(tracker.layout.sizes, tracker.layout.item_bytes)
 
-    def _agree(self, copies: CopyTable, tracker: Tracker | None) -> list[list[Parcel]]:
-        """Tell every source in which order its bytes come, hear it from every destination."""
-        pairs = pairs_of(self._rank, copies, self._skip)
-        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, self._num_lanes, self._limit)
+    def _agree(self, copies: CopyTable, tracker: Tracker | None, deadline_s: float) -> list[list[Parcel]]:
+        """Tell destinations where their bytes lie, hear it of sources, and tell these in which order bytes come.
+
+        Destinations give up before sources, which wait for them: the first report names who is late.
+        """
+        pairs, control = pairs_of(self._rank, copies, self._skip), self._setting.control
+        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, self._limits)
+        takers = [dst for src, dst in pairs if src == self._rank]
+        givers = [src for src, dst in pairs if dst == self._rank]
+        lie = {dst: self._out.ends(copies, rules.copies_of(self._rank, dst)) for dst in takers}
+        said = {dst: ends.to_bytes() for dst, ends in lie.items()}
+        there = control.exchange("transfer", said, givers, deadline_s=deadline_s)
         orders = {}
         if tracker is not None:
             lands = self._lands_in_place(copies, tracker)
-            own = [pair for pair in pairs if pair[1] == self._rank]
-            orders = {pair: self._order(copies, pair, lands, rules.limit_of(*pair)) for pair in own}
-        said = self._setting.control.exchange(
-            "transfer",
-            {src: pack([], {"copies": o.copies, "ends": o.ends}) for (src, _), o in orders.items()},
-            [dst for src, dst in pairs if src == self._rank],
-        )
-        for dst, told in said.items():
-            orders[self._rank, dst] = Order(**unpack(told)[1])
+            orders = {(src, self._rank): self._order(rules, src, lands, Ends.from_bytes(there[src])) for src in givers}
+        said = {src: order.to_bytes() for (src, _), order in orders.items()}
+        for dst, told in control.exchange("transfer", said, takers).items():
+            orders[self._rank, dst] = Order.from_bytes(told)
         return groups_of(parcels_of(self._rank, rules, orders))
 
-    def _order(self, copies: CopyTable, pair: tuple[int, int], lands: np.ndarray, limit: int) -> Order:
-        """Of what this rank gets from `pair[0]` into final storage."""
-        of_pair = np.flatnonzero((copies.src_rank == pair[0]) & (copies.dst_rank == pair[1]))
+    def _order(self, rules: Rules, src: int, lands: np.ndarray, there: Ends) -> Order:
+        """Of what this rank gets from `src` into final storage; `there` is where it lies."""
+        of_pair = rules.copies_of(src, self._rank)
         chosen = np.flatnonzero(lands[of_pair])
         if not len(chosen):
-            return Order(chosen, chosen)
-        where, room = self._in.places(copies, of_pair[chosen]), self._in.rooms(copies, of_pair[chosen])
-        order, ends = wire_order(where.address, where.num_bytes, where.item, room, where.dense, limit)
-        return Order(chosen[order], ends)
+            return Order(chosen, chosen, chosen)
+        where, here = self._in.places(rules.copies, of_pair[chosen]), self._in.ends(rules.copies, of_pair[chosen])
+        order = wire_order(here, there.take(chosen), where.num_bytes, where.item, rules.limits)
+        return Order(chosen[order.copies], order.cuts, order.ends)
 
     def _num_bytes(self, copies: CopyTable) -> np.ndarray:
         item = self._plan.item_bytes
@@ -188,13 +204,14 @@ class Grouped:
 
     def _num_slots(self) -> int:
         """Of a direction; where single messages are long, no fewer than two."""
-        return max(2, min(self._num_lanes + SLOTS_AHEAD, self._staging_bytes // self._limit))
+        return max(2, min(self._depth, self._staging_bytes // self._limits.packed))
 
     @property
-    def _limit(self) -> int:
-        """Bytes of a parcel, the same on all ranks."""
-        most = min(parcels.PARCEL_BYTES, self._staging_bytes // (self._num_lanes + 1))
-        return max(most, self._plan.bucket_bytes)
+    def _limits(self) -> Limits:
+        """The same on all ranks."""
+        most = min(parcels.PACKED_BYTES, self._staging_bytes // (self._num_lanes + 1))
+        packed = max(most, self._plan.bucket_bytes)
+        return Limits(max(parcels.PARCEL_BYTES, packed), packed, self._num_lanes)
 
     @property
     def _staging_bytes(self) -> int:
@@ -202,17 +219,13 @@ class Grouped:
         return STAGING_BYTES // (2 if self._world.shared else 1)
 
     def _fit(self, copies: CopyTable, groups: Sequence[Sequence[Parcel]], tracker: Tracker | None) -> None:
-        for number, group in enumerate(groups):
-            for parcel in group:
-                if parcel.src_rank == parcel.dst_rank:
-                    continue
-                if parcel.src_rank == self._rank:
-                    self._out.fit(number, copies, parcel, opens_later=False)
-                else:
-                    assert tracker is not None
-                    units = tracker.layout.unit[copies.dst_row[parcel.copies]]
-                    self._final[number] = bool((units == IN_PLACE).all())
-                    self._in.fit(number, copies, parcel, not self._final[number])
+        away = [(n, parcel) for n, group in enumerate(groups) for parcel in group if parcel.src_rank != parcel.dst_rank]
+        self._out.fit({n: parcel for n, parcel in away if parcel.src_rank == self._rank}, copies, ())
+        incoming = {n: parcel for n, parcel in away if parcel.dst_rank == self._rank}
+        if tracker is not None:
+            unit, row = tracker.layout.unit, copies.dst_row
+            self._final = {n: bool((unit[row[parcel.copies]] == IN_PLACE).all()) for n, parcel in incoming.items()}
+            self._in.fit(incoming, copies, [n for n, final in self._final.items() if not final])
 
     # ---- one group
 
@@ -237,8 +250,8 @@ class Grouped:
             else:
                 assert tracker is not None
                 incoming.append(self._room(number, copies, parcel, tracker))
-        sends = [Post(load.buffer, load.parcel.dst_rank, load.parcel.number) for load in outgoing]
-        recvs = [Post(load.buffer, load.parcel.src_rank, load.parcel.number) for load in incoming]
+        sends = [post for load in outgoing for post in load.posts(load.parcel.dst_rank)]
+        recvs = [post for load in incoming for post in load.posts(load.parcel.src_rank)]
         try:
             flight = self._lanes.exchange(group[0].lane, sends, recvs, look) if sends or recvs else None
         except RefitError:
@@ -309,7 +322,9 @@ class Grouped:
     def _finish(self, posted: Sequence[_Posted], copies: CopyTable, end: float) -> None:
         try:
             self._lanes.finish(end, self._meanwhile())
-        except TimeoutError as error:
+        except RefitError:
+            raise
+        except (TimeoutError, RuntimeError) as error:
             late = [one for one in posted if one.flight is not None and not one.flight.done()]
             raise self._failed(
                 late, copies, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were"

@@ -28,7 +28,7 @@ def num_lanes(num_streams: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """One buffer (uint8, contiguous) to or from rank `peer`; `tag` is the parcel's number among those of the pair."""
+    """One buffer (uint8, contiguous) to or from rank `peer`; `tag` is the transfer's number among those of the pair."""
 
     buffer: torch.Tensor
     peer: int

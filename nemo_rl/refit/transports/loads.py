@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,23 +11,31 @@ import torch
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.strided import Jobs, Places, Rows, places
+from nemo_rl.refit.transports.lanes import Post
 from nemo_rl.refit.transports.mover import Setting
-from nemo_rl.refit.transports.parcels import Parcel
+from nemo_rl.refit.transports.parcels import ALIGNMENT, Ends, Parcel
 
 Views = Mapping[int, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """A parcel at one end: the bytes that go over the wire, and what packs them before or spreads them after."""
+    """A parcel at one end: the bytes of each transfer, and what packs them before or spreads them after."""
 
     parcel: Parcel
-    buffer: torch.Tensor
+    buffers: tuple[torch.Tensor, ...]
     copy: Callable[[], None] | None
+
+    def posts(self, peer: int) -> list[Post]:
+        """Of all transfers, in order."""
+        return [Post(buffer, peer, self.parcel.first + i) for i, buffer in enumerate(self.buffers)]
 
 
 class End:
     """One direction of one rank: where its rows lie, reusable slots, and the loads that were prepared for both.
+
+    A transfer whose copies are one contiguous range goes from there or lands there; others have room in a slot, and
+    groups of which any has take turns with the slots.
 
     Args:
         outgoing: parcels leave from rows of the source; otherwise they land in rows of the destination.
@@ -38,6 +46,8 @@ class End:
     def __init__(self, setting: Setting, outgoing: bool, depth: int, prepare: Callable[[Jobs], Callable[[], None]]):
         self._plan, self._outgoing, self._prepare = setting.plan, outgoing, prepare
         self._slots = [torch.empty(0, dtype=torch.uint8, device=setting.device) for _ in range(depth)]
+        self._users: list[int] = []  # groups that have a slot, in order
+        self._turns: dict[int, int] = {}  # group -> its position among them
         self._views: Views | None = None
         self._rows: Rows | None = None
         self._layout: Layout | None = None
@@ -53,14 +63,13 @@ class End:
         return self._rows
 
     def place(self, views: Views, layout: Layout) -> bool:
-        """Rows lie in `views`; whether that is news, and nothing is prepared any more."""
+        """Rows lie in `views`; whether that is news."""
         if views is self._views:
             return False
         rows, self._views, self._layout = Rows.of(views, layout), views, layout
         if self._rows is not None and rows.equals(self._rows):
             return False
         self._rows = rows
-        self._loads.clear()
         return True
 
     def places(self, copies: CopyTable, chosen: np.ndarray) -> Places:
@@ -68,22 +77,34 @@ class End:
         assert self._layout is not None
         return places(self._plan, copies, chosen, self._row(copies, chosen), self._layout, self.rows)
 
-    def rooms(self, copies: CopyTable, chosen: np.ndarray) -> np.ndarray:
-        """The storage in which each of copies `chosen` lies."""
+    def ends(self, copies: CopyTable, chosen: np.ndarray) -> Ends:
+        """The same, as it matters to parcels."""
         assert self._views is not None
-        return _rooms(self._views, self._row(copies, chosen))
+        return _ends(self.places(copies, chosen), self._views, self._row(copies, chosen))
 
-    def fit(self, number: int, copies: CopyTable, parcel: Parcel, opens_later: bool) -> None:
-        """The slot of group `number` takes `parcel`, if it needs one; comes before all loads."""
-        if not opens_later and _whole(self.places(copies, parcel.copies), self.rooms(copies, parcel.copies)):
-            return
-        slot = self._slots[number % len(self._slots)]
-        if slot.numel() < parcel.num_bytes:
-            slot = torch.empty(parcel.num_bytes, dtype=torch.uint8, device=slot.device)
-            self._slots[number % len(self._slots)] = slot
+    def fit(self, groups: Mapping[int, Parcel], copies: CopyTable, opens_later: Container[int]) -> None:
+        """Slots take the parcels of `groups` (by number) that need one; comes before all loads, none of which stays.
+
+        Args:
+            opens_later: groups that land in what is open for a while only, all in a slot.
+        """
+        self._users, self._turns = [], {}
+        self._loads.clear()
+        for number, parcel in groups.items():
+            if need := parcel.num_bytes if number in opens_later else self._strewn_bytes(copies, parcel):
+                self._turns[number] = len(self._users)
+                self._users.append(number)
+                slot = self._turns[number] % len(self._slots)
+                if self._slots[slot].numel() < need:
+                    self._slots[slot] = torch.empty(need, dtype=torch.uint8, device=self._slots[slot].device)
+
+    def before(self, number: int) -> int | None:
+        """The group that had the slot of group `number` before; None where there is none."""
+        turn = self._turns.get(number, 0) - len(self._slots)
+        return self._users[turn] if turn >= 0 else None
 
     def load(self, number: int, copies: CopyTable, parcel: Parcel) -> Load:
-        """Of the parcel of group `number`, kept while rows stay."""
+        """Of the parcel of group `number`, kept until groups are fitted again."""
         if number not in self._loads:
             assert self._views is not None
             where, row = self.places(copies, parcel.copies), self._row(copies, parcel.copies)
@@ -100,23 +121,43 @@ class End:
         row: np.ndarray = (copies.src_row if self._outgoing else copies.dst_row)[chosen]
         return row
 
+    def _strewn_bytes(self, copies: CopyTable, parcel: Parcel) -> int:
+        """Of transfers that are not one contiguous range."""
+        num_bytes, ends, used = self.places(copies, parcel.copies).num_bytes, self.ends(copies, parcel.copies), 0
+        for part in parcel.transfers:
+            if not ends.take(part).whole(num_bytes[part]):
+                used = _aligned(used) + int(num_bytes[part].sum())
+        return used
+
+    def _slot(self, number: int) -> torch.Tensor:
+        return self._slots[self._turns[number] % len(self._slots)]
+
     def _make(self, number: int, parcel: Parcel, views: Views, where: Places, row: np.ndarray) -> Load:
-        if _whole(where, _rooms(views, row)):
-            storage = views[int(row[0])].untyped_storage()
-            flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
-            first = int(where.address[0]) - storage.data_ptr()
-            return Load(parcel, flat.set_(storage, first, (parcel.num_bytes,), (1,)), None)
-        buffer = self._slots[number % len(self._slots)][: parcel.num_bytes]
-        jobs = where.into(buffer.data_ptr()) if self._outgoing else where.out_of(buffer.data_ptr())
-        return Load(parcel, buffer, self._prepare(jobs))
+        ends, used = _ends(where, views, row), 0
+        buffers, jobs = [], []
+        for part in parcel.transfers:
+            size = int(where.num_bytes[part].sum())
+            if ends.take(part).whole(where.num_bytes[part]):
+                buffers.append(_range_of(views[int(row[part[0]])], int(where.address[part[0]]), size))
+                continue
+            buffers.append(room := self._slot(number)[_aligned(used) :][:size])
+            used = _aligned(used) + size
+            strewn, base = where.take(part), room.data_ptr()
+            jobs.append(strewn.into(base) if self._outgoing else strewn.out_of(base))
+        return Load(parcel, tuple(buffers), self._prepare(Jobs.all_of(jobs)) if jobs else None)
 
 
-def _rooms(views: Views, row: np.ndarray) -> np.ndarray:
+def _range_of(view: torch.Tensor, address: int, num_bytes: int) -> torch.Tensor:
+    """Bytes of the storage of `view`."""
+    storage = view.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return flat.set_(storage, address - storage.data_ptr(), (num_bytes,), (1,))
+
+
+def _ends(where: Places, views: Views, row: np.ndarray) -> Ends:
     found = {i: views[i].untyped_storage().data_ptr() for i in set(row.tolist())}
-    return np.array([found[i] for i in row.tolist()], np.int64)
+    return Ends(where.address, np.array([found[i] for i in row.tolist()], np.int64), where.dense)
 
 
-def _whole(where: Places, room: np.ndarray) -> bool:
-    """Whether the copies are one contiguous range of one storage, in their order."""
-    ends = where.address + where.num_bytes
-    return bool(where.dense.all() and (room == room[0]).all() and (ends[:-1] == where.address[1:]).all())
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

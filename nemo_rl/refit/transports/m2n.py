@@ -199,7 +199,7 @@ class M2n:
         deadline_s: float,
     ) -> Traffic:
         """See `Mover.run`. Raises TransferError naming the tensor whose call failed."""
-        if news or self._rest is None:
+        if news := news or self._rest is None:
             said = self._setting.control.gather("transfer", self._news)
             self._said |= {rank: Said.from_bytes(payload) for rank, payload in said.items() if payload}
             self._rest = self._divide(copies)
@@ -207,7 +207,8 @@ class M2n:
             self._reshard(call)
             if tracker is not None and len(lands):
                 tracker.landed(lands)
-        traffic = self._rest.run(copies, src_view, tracker, False, deadline_s)
+        self._rest.ready(src_view, tracker)
+        traffic = self._rest.run(copies, src_view, tracker, news, deadline_s)
         traffic.staging_bytes += SLOT_BYTES if self._calls else 0
         return traffic
 

@@ -1,4 +1,4 @@
-"""Lanes between GPUs: a communicator each, made when the plan is agreed on and aborted on failure."""
+"""Lanes between GPUs: a communicator and a stream each, made when the plan is agreed on and aborted on failure."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from nemo_rl.refit.device import finish, within
+from nemo_rl.refit.device import within
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.lanes import Aside, Post
-from nemo_rl.refit.transports.own_nccl import abort_together, make_group
+from nemo_rl.refit.transports.nccl_calls import Communicator, unique_id
+from nemo_rl.refit.transports.own_nccl import abort_together
 
 log = logging.getLogger(__name__)
 
 PACK_PROGRAMS = 64
 """Programs that pack or spread a parcel: enough to be ahead of the wire, few enough to leave it its bandwidth."""
 
-MAX_CTAS: int | None = None
-"""Of a lane's kernels; NCCL's own choice where it is None."""
+CTAS: tuple[int, int] | None = None
+"""Programs of a lane's kernels, at least and at most; NCCL's own choice where it is None."""
 
 _LOOK_S = 1e-3  # between looks for a peer that is about to connect
 _LEAST_S = 1.0  # for NCCL to connect peers that are there
-_NEVER = timedelta(days=7)  # deadlines are kept by who waits; torch's own would end the process
+_CHECK_S = 0.1  # between looks for connections that broke
 
 
 class _NcclFlight:
     """A group on its lane's stream."""
 
-    def __init__(self, work: dist.Work) -> None:
-        self._work = work
+    def __init__(self, done: torch.cuda.Event, device: torch.device) -> None:
+        self._done, self._device = done, device
 
     def wait(self, deadline_s: float) -> None:
         """What the current stream is given next comes after the group; the host waits for nothing, `finish` does."""
-        self._work.wait()
+        torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def done(self) -> bool:
-        return bool(self._work.is_completed())
+        return bool(self._done.query())
 
 
 class NcclLanes:
@@ -60,26 +60,35 @@ class NcclLanes:
     ) -> None:
         self._device, self._store, self._rank = device, store, rank
         self._deadline_s = deadline_s
-        self._groups: list[dist.ProcessGroupNCCL] = []
+        self._comms: list[Communicator] = []
         self._met: set[tuple[int, int]] = set()  # lane, peer
         self._connecting: set[int] = set()  # lanes on which a thread is inside NCCL
-        self._ahead = torch.cuda.Stream(device, priority=-1)
+        self._ahead, *self._streams = (torch.cuda.Stream(device, priority=-1) for _ in range(1 + count))
         try:
-            within(deadline_s, lambda: self._connect(size, count), "making NCCL communicators")
+            self._connect(size, time.monotonic() + deadline_s)
         except Exception:
             self.close()
             raise
 
-    def _connect(self, size: int, count: int) -> None:
-        with torch.cuda.device(self._device):
-            for lane in range(count):
-                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-                options._timeout = _NEVER
-                if MAX_CTAS is not None:
-                    options.config.max_ctas = MAX_CTAS
-                group = make_group(dist.PrefixStore(f"lane{lane}", self._store), self._rank, size, options)
-                group.eager_connect_single_device(self._device)
-                self._groups.append(group)
+    def _connect(self, size: int, end: float) -> None:
+        what, keys = "making NCCL communicators", [f"lane{lane}" for lane in range(len(self._streams))]
+        for key in keys if self._rank == 0 else ():
+            self._store.set(key, unique_id())
+        self._await(keys, end, what)
+
+        def make() -> None:
+            with torch.cuda.device(self._device):
+                for key in keys:
+                    self._comms.append(Communicator(bytes(self._store.get(key)), self._rank, size, CTAS))
+
+        within(max(end - time.monotonic(), 0.0), make, what)
+
+    def _await(self, keys: Sequence[str], end: float, what: str, look: Callable[[], None] = lambda: None) -> None:
+        while not self._store.check(list(keys)):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{what} took longer than {self._deadline_s:g} s")
+            look()
+            time.sleep(_LOOK_S)
 
     def exchange(
         self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = lambda: None
@@ -99,12 +108,7 @@ class NcclLanes:
         """Until all of `peers` are about to connect too. NCCL would wait without a limit for one that never comes."""
         for peer in peers:
             self._store.set(f"meet/{lane}/{self._rank}/{peer}", b"")
-        keys = [f"meet/{lane}/{peer}/{self._rank}" for peer in peers]
-        while not self._store.check(keys):
-            if time.monotonic() > end:
-                raise TimeoutError(f"{what} took longer than {self._deadline_s:g} s")
-            look()
-            time.sleep(_LOOK_S)
+        self._await([f"meet/{lane}/{peer}/{self._rank}" for peer in peers], end, what, look)
 
     def _first(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, what: str) -> _NcclFlight:
         """NCCL connects peers in their first group: a peer that dies inside it is waited for without a limit."""
@@ -122,21 +126,16 @@ class NcclLanes:
         return found[0]
 
     def _exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _NcclFlight:
-        group = self._groups[lane]
-        group._start_coalescing()
-        try:
-            for post in sends:
-                group.send([post.buffer], post.peer, post.tag)
-            for post in recvs:
-                group.recv([post.buffer], post.peer, post.tag)
-        finally:
-            work = group._end_coalescing()
-        return _NcclFlight(work)
+        stream = self._streams[lane]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._comms[lane].exchange(sends, recvs, stream.cuda_stream)
+        return _NcclFlight(stream.record_event(), self._device)
 
     @contextmanager
     def ahead(self) -> Iterator[Aside]:
         outer = torch.cuda.current_stream(self._device)
-        self._ahead.wait_stream(outer)
+        if not outer.query():
+            self._ahead.wait_stream(outer)
         with torch.cuda.stream(self._ahead):
             yield lambda: torch.cuda.stream(outer)
         outer.wait_stream(self._ahead)
@@ -148,15 +147,29 @@ class NcclLanes:
         return lambda: batch.launch(torch.cuda.current_stream(self._device))
 
     def finish(self, end: float, look: Callable[[], None]) -> None:
-        finish(self._device, end, look)
+        """Without pauses, which are longer than the last parcels; others may run meanwhile.
+
+        Raises RuntimeError where a connection broke.
+        """
+        done = torch.cuda.current_stream(self._device).record_event()
+        checked = time.monotonic()
+        while not done.query():
+            if time.monotonic() > end:
+                raise TimeoutError(f"work on {self._device} was not done within the deadline")
+            if time.monotonic() > checked + _CHECK_S:
+                checked = time.monotonic()
+                for comm in self._comms:
+                    comm.check()
+            look()
+            time.sleep(0)
 
     def close(self) -> None:
         """Abort what is in flight; idempotent.
 
         A communicator that a thread is still connecting is left to it: NCCL would free what the thread reads.
         """
-        groups, self._groups = self._groups, []
+        comms, self._comms = self._comms, []
         busy = set(self._connecting)
-        abort_together([group.abort for lane, group in enumerate(groups) if lane not in busy])
-        if groups and busy:
+        abort_together([comm.abort for lane, comm in enumerate(comms) if lane not in busy])
+        if comms and busy:
             log.error("lanes %s still connect to a peer that died; their communicators are not freed", sorted(busy))

@@ -35,6 +35,9 @@ from nemo_rl.refit.transports.registry import open_channel
 
 _MOST_PAIRS = 8  # that are measured in a large world
 _REPEAT = {"cuda": 12, "cpu": 4}  # timed runs of a probe, after one that is not timed
+MOST_BYTES = {"cuda": 3 << 30, "cpu": 24 << 20}
+"""Of what a pair moves in one probe, where there is room for it."""
+
 _MEETINGS = 4  # of all ranks that are timed
 _TINY = 1e-9  # seconds; what a difference of two measurements is at least
 _DTYPE = torch.bfloat16
@@ -69,7 +72,7 @@ def probes_of(kind: str, bucket_bytes: int, free_bytes: int | None = None) -> di
     """
     many, few = (15, 5) if kind == "cuda" else (1, 1)
     count, small, row = (256, 2048, 1536) if kind == "cuda" else (64, 2048, 1536)
-    most = min((768 << 20) if kind == "cuda" else (24 << 20), count * bucket_bytes)
+    most = min(MOST_BYTES[kind], count * bucket_bytes)
     most = max(min(most, most if free_bytes is None else free_bytes // 8), 3 * small)
     return {
         "start": Probe(1, 1, small, 1, bucket_bytes),

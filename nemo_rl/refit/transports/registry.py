@@ -19,7 +19,7 @@ from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
 from nemo_rl.refit.relay import relay_of
-from nemo_rl.refit.transports import grouped, m2n, mapped, peer
+from nemo_rl.refit.transports import grouped, m2n, mapped, nccl_calls, peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
@@ -48,7 +48,7 @@ def _gloo_unsupported(rank: int, world: World, facts: Facts) -> str | None:
 
 
 def _nccl_unsupported(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on("cuda", "nccl", facts) or own_gpus(facts)
+    return _only_on("cuda", "nccl", facts) or own_gpus(facts) or nccl_calls.missing()
 
 
 def own_gpus(facts: Facts) -> str | None:
@@ -73,7 +73,7 @@ def _grouped(setting: Setting) -> Grouped:
 
 
 def _m2n_unsupported(rank: int, world: World, facts: Facts) -> str | None:
-    return _only_on("cuda", "m2n", facts) or own_gpus(facts) or m2n.missing()
+    return _only_on("cuda", "m2n", facts) or own_gpus(facts) or nccl_calls.missing() or m2n.missing()
 
 
 def _m2n(setting: Setting) -> m2n.M2n:

@@ -193,10 +193,10 @@ def test_misc_and_digests_are_part_of_a_prediction():
 
     size = 8 * 64 * 64 * 4
     assert said((), True) - said((), False) == pytest.approx(2 * size / 1e9), "two looks at what goes out twice"
-    hidden = Links({"peer": NEAR}, 1e12, 0.0, 0.0)
-    demand = demand_of(World.of(1, 1), table, [rows], [rows])
-    bare, verified = (demand.predictions(hidden, {"peer": None}, "cuda", verify)["peer"] for verify in (False, True))
-    assert bare == verified, "digests are taken beside copies"
+    hidden = Links({"peer": NEAR, "nccl": WIRE}, 1e12, 0.0, 0.0)
+    demand, givers = demand_of(World.of(1, 1), table, [rows], [rows]), {"peer": None, "nccl": None}
+    bare, verified = (demand.predictions(hidden, givers, "cuda", verify) for verify in (False, True))
+    assert bare == verified, "digests are taken beside copies and beside messages"
     slow = replace(hidden, digest_bytes_per_s=1e6)
     assert demand.predictions(slow, {"peer": None}, "cuda", True)["peer"] == pytest.approx(2 * size / 1e6)
     assert said((), False) < said(("w0",), False) < said(("w0", "w1"), False)
@@ -215,7 +215,8 @@ def facts(hardware="one GPU", ranks=2):
     return {r: Fact("boot", "cpu", False, "", "host", hardware) for r in range(ranks)}
 
 
-def test_nccl_is_no_choice_where_ranks_share_a_gpu():
+def test_nccl_is_no_choice_where_ranks_share_a_gpu_or_its_library_is_not_there(monkeypatch):
+    monkeypatch.setattr(registry.nccl_calls, "missing", lambda: None)
     world = World.of(1, 2)
     apart = {r: Fact("boot", "cuda", False, gpu=f"GPU-{r}") for r in range(3)}
     shared = {**apart, 2: replace(apart[2], gpu="GPU-0")}
@@ -223,6 +224,9 @@ def test_nccl_is_no_choice_where_ranks_share_a_gpu():
         assert TRANSPORTS[name].unsupported(1, world, apart) is None
         assert "ranks 0 and 2 are on one GPU (GPU-0)" in TRANSPORTS[name].unsupported(1, world, shared)
     assert TRANSPORTS["gloo"].unsupported(0, world, facts(ranks=3)) is None, "a CPU may be shared"
+    monkeypatch.setattr(registry.nccl_calls, "missing", lambda: "libnccl.so.2 is not loaded")
+    assert "libnccl" in TRANSPORTS["nccl"].unsupported(1, world, apart)
+    assert "libnccl" in TRANSPORTS["m2n"].unsupported(1, world, apart)
 
 
 @pytest.mark.parametrize(("peer", "taken"), [(1.04, "peer"), (1.06, "gloo"), (0.5, "peer")])

@@ -66,10 +66,22 @@ def kills_trainer_1(session, inner):
     return run
 
 
+def dies_at(target, name, count):
+    """Before the `count`-th call of a method."""
+    inner, calls = getattr(target, name), iter(range(1, 1 << 30))
+
+    def method(*args):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args)
+
+    setattr(target, name, method)
+
+
 def rank_main(rank, port, transport, versions, die, known):
     if transport == "nccl":  # its schedule of parcels, over gloo
         registry.TRANSPORTS["nccl"] = Transport("nccl", lambda *_: None, registry._grouped)
-        parcels.PARCEL_BYTES, parcels.LEAST_IN_PLACE = 1024, 128
+        parcels.PACKED_BYTES, parcels.LEAST_IN_PLACE = 1024, 128
     source = landing = None
     if rank in WORLD.trainers:
         source = PlainSource.of(model(0), TABLE, [(f, shard(m, rank, 0)) for f, m in TABLE.items()])
@@ -88,7 +100,13 @@ def rank_main(rank, port, transport, versions, die, known):
             if landing:
                 landing.scramble()
             if die == "sending" and rank == 1 and version == versions[-1]:
-                session._src_view = lambda row, region: os.kill(os.getpid(), signal.SIGKILL)
+                dies_at(
+                    *(
+                        (session._agreed.mover._lanes, "exchange", 2)
+                        if transport == "nccl"
+                        else (session, "_src_view", 1)
+                    )
+                )
             if die == "being read" and rank == 2 and version == versions[-1]:
                 session._agreed.mover.run = kills_trainer_1(session, session._agreed.mover.run)
             report = session.refit(version)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_rl.refit.transports import own_nccl
+from nemo_rl.refit.transports import nccl_lanes, own_nccl
 from nemo_rl.refit.transports.lanes import Post
 from nemo_rl.refit.transports.nccl_lanes import NcclLanes
 from nemo_rl.refit.transports.own_nccl import abort_together, make_group
@@ -71,51 +70,54 @@ def test_an_abort_that_hangs_is_reported_and_left(
     assert time.monotonic() - started < 2 and "1 of 2 communicators were not aborted" in caplog.text
 
 
-class Group:
+class Comm:
     """Groups of one communicator; a peer in `missing` is waited for until `abort`."""
 
     def __init__(self, missing: set[int]) -> None:
         self._missing, self.aborted = missing, threading.Event()
         self.threads: list[str] = []
-        self._waits = False
 
-    def _start_coalescing(self) -> None:
-        self._waits = False
+    def make(self) -> None:
+        """As long as it takes to make it."""
 
-    def send(self, buffers: list[torch.Tensor], peer: int, tag: int) -> None:
-        self._waits = peer in self._missing
-
-    recv = send
-
-    def _end_coalescing(self) -> str:
+    def exchange(self, sends: Sequence[Post], recvs: Sequence[Post], stream: int) -> None:
         self.threads.append(threading.current_thread().name)
-        if self._waits:
+        if {post.peer for post in (*sends, *recvs)} & self._missing:
             self.aborted.wait(5)
-        return "work"
-
-    def eager_connect_single_device(self, device: torch.device) -> None:
-        return None
 
     def abort(self) -> None:
         self.aborted.set()
 
 
+class Stream:
+    cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
 @pytest.fixture
 def lanes_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NcclLanes]:
-    """Makes the lanes of rank 0 of three, without CUDA: one communicator each of `groups`."""
-    made = argparse.Namespace(Options=lambda **_: argparse.Namespace())
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
+    """Makes the lanes of rank 0 of three, without CUDA: one communicator each of `comms`."""
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
     for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: "stream")
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: Stream())
+    monkeypatch.setattr(nccl_lanes, "unique_id", lambda: b"unique")
 
-    def make(store: dist.Store, *groups: Group) -> NcclLanes:
-        left = list(groups)
-        monkeypatch.setattr("nemo_rl.refit.transports.nccl_lanes.make_group", lambda *_: left.pop(0))
-        return NcclLanes(store, 0, 3, len(groups), 0.2, torch.device("cpu"))
+    def make(store: dist.Store, *comms: Comm) -> NcclLanes:
+        left = list(comms)
 
-    monkeypatch.setattr("nemo_rl.refit.transports.nccl_lanes._LEAST_S", 0.1)
+        def made(unique: bytes, rank: int, size: int, *_: Any) -> Comm:
+            assert (unique, rank, size) == (b"unique", 0, 3)
+            (comm := left.pop(0)).make()
+            return comm
+
+        monkeypatch.setattr(nccl_lanes, "Communicator", made)
+        return NcclLanes(store, 0, 3, len(comms), 0.2, torch.device("cpu"))
+
+    monkeypatch.setattr(nccl_lanes, "_LEAST_S", 0.1)
     return make
 
 
@@ -128,57 +130,64 @@ NEAR, FAR = Post(torch.zeros(1), 1, 0), Post(torch.zeros(1), 2, 0)
 
 
 def test_a_peer_that_does_not_come_is_a_timeout_outside_nccl(lanes_of: Callable[..., NcclLanes]) -> None:
-    store, group = dist.HashStore(), Group({2})
-    lanes, here = lanes_of(store, group), threading.current_thread().name
+    store, comm = dist.HashStore(), Comm({2})
+    lanes, here = lanes_of(store, comm), threading.current_thread().name
     come(store, 0, 1)
     lanes.exchange(0, [NEAR], [])
     lanes.exchange(0, [], [NEAR])
-    assert group.threads == ["connecting lane 0 with ranks [1]", here], "known ones need no thread"
+    assert comm.threads == ["connecting lane 0 with ranks [1]", here], "known ones need no thread"
     assert store.check(["meet/0/0/1"]) and not store.check(["meet/0/0/2"])
     looks: list[None] = []
     with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[2\] took longer"):
         lanes.exchange(0, [NEAR], [FAR], lambda: looks.append(None))
     assert looks, "others are served meanwhile"
-    assert len(group.threads) == 2 and store.check(["meet/0/0/2"])
+    assert len(comm.threads) == 2 and store.check(["meet/0/0/2"])
     lanes.close()
-    assert group.aborted.is_set()
+    assert comm.aborted.is_set()
 
 
 def test_a_communicator_is_not_aborted_under_the_thread_that_connects_it(
     lanes_of: Callable[..., NcclLanes], caplog: pytest.LogCaptureFixture
 ) -> None:
     """NCCL frees what the thread reads; other lanes are aborted, and this one's too once its thread came back."""
-    store, groups = dist.HashStore(), (Group(set()), Group({2}), Group({2}))
-    lanes = lanes_of(store, *groups)
+    store, comms = dist.HashStore(), (Comm(set()), Comm({2}), Comm({2}))
+    lanes = lanes_of(store, *comms)
     come(store, 1, 2)
     with pytest.raises(TimeoutError, match=r"connecting lane 1 with ranks \[2\]"):
         lanes.exchange(1, [FAR], [])
     with caplog.at_level(logging.ERROR):
         lanes.close()
-    assert [group.aborted.is_set() for group in groups] == [True, False, True]
+    assert [comm.aborted.is_set() for comm in comms] == [True, False, True]
     assert "lanes [1] still connect to a peer that died" in caplog.text
-    groups[1].aborted.set()  # NCCL gave up: the lane is like any other
-    lanes = lanes_of(dist.HashStore(), group := Group(set()))
+    comms[1].aborted.set()  # NCCL gave up: the lane is like any other
+    lanes = lanes_of(dist.HashStore(), comm := Comm(set()))
     come(lanes._store, 0, 2)
     lanes.exchange(0, [FAR], [])
     lanes.close()
-    assert group.aborted.is_set()
+    assert comm.aborted.is_set()
+
+
+def test_a_first_rank_that_does_not_come_is_a_timeout(lanes_of: Callable[..., NcclLanes]) -> None:
+    lanes_of(store := dist.HashStore(), Comm(set())).close()
+    assert store.get("lane0") == b"unique"
+    with pytest.raises(TimeoutError, match="making NCCL communicators took longer than 0.1 s"):
+        NcclLanes(dist.HashStore(), 1, 3, 1, 0.1, torch.device("cpu"))
 
 
 def test_communicators_that_were_made_are_aborted_where_another_is_not(lanes_of: Callable[..., NcclLanes]) -> None:
-    first, second = Group(set()), Group(set())
-    second.eager_connect_single_device = lambda _: time.sleep(1)  # type: ignore[assignment, method-assign]
+    first, second = Comm(set()), Comm(set())
+    second.make = lambda: time.sleep(1)  # type: ignore[method-assign]
     with pytest.raises(TimeoutError, match="making NCCL communicators"):
         lanes_of(dist.HashStore(), first, second)
     assert first.aborted.is_set() and not second.aborted.is_set()
 
 
 def test_communicators_are_aborted_where_a_later_one_is_refused(lanes_of: Callable[..., NcclLanes]) -> None:
-    def refuse(device: torch.device) -> None:
+    def refuse() -> None:
         raise RuntimeError("refused")
 
-    first, second = Group(set()), Group(set())
-    second.eager_connect_single_device = refuse  # type: ignore[method-assign]
+    first, second = Comm(set()), Comm(set())
+    second.make = refuse  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="refused"):
         lanes_of(dist.HashStore(), first, second)
     assert first.aborted.is_set()

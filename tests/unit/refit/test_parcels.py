@@ -33,7 +33,8 @@ WHOLE = Region.whole
 def on_cpu(monkeypatch):
     """The mover of `nccl` over channels of CPU tensors, with small parcels."""
     monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
-    monkeypatch.setattr(parcels, "PARCEL_BYTES", 1024)
+    for name, value in (("PARCEL_BYTES", 2048), ("PACKED_BYTES", 1024), ("LEAST_BYTES", 512)):
+        monkeypatch.setattr(parcels, name, value)
     monkeypatch.setattr(parcels, "LEAST_IN_PLACE", 64)
     monkeypatch.setattr(parcels, "TURN", 2)
     monkeypatch.setattr(grouped, "STAGING_BYTES", 4096)
@@ -175,13 +176,13 @@ def test_receivers_get_in_place_what_lies_together(on_cpu):
         PlainSource.of(full, table, [(f, WHOLE((8, 16))) for i, f in enumerate(table) if i // 4 == rank])
         for rank in range(2)
     ]
-    landings = [PlainLanding([(f, Region((4 * half, 0), (4, 16))) for f in table]) for half in range(2)]
+    landings = [PlainLanding([(f, Region((0, 8 * half), (8, 8))) for f in table]) for half in range(2)]
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
     for landing in landings:
         landing.declare(table)
     raise_any(sim.start())
     for landing in landings:  # after planning: where it lands is seen at the first refit
-        buffer = torch.zeros(8, 4, 16)
+        buffer = torch.zeros(8, 8, 8)
         landing.storage = list(buffer)[::-1]  # rows in the opposite order of memory
     raise_any(reports := sim.refit(1))
     for landing in landings:
@@ -189,29 +190,6 @@ def test_receivers_get_in_place_what_lies_together(on_cpu):
     staging = [reports[rank].staging_bytes for rank in range(4)]
     assert staging[2:] == [0, 0], "nothing is unpacked"
     assert min(staging[:2]) > 0, "trainers pack halves of four experts"
-
-
-def columns(**given):
-    return {name: np.array(value, bool if name == "dense" else np.int64) for name, value in given.items()}
-
-
-def test_the_wire_order_is_the_receivers_memory():
-    made = columns(
-        address=[64, 0, 900, 32, 500, 700],
-        num_bytes=[32, 32, 8, 32, 100, 16],
-        item=[2, 2, 1, 2, 2, 4],
-        room=[1, 1, 2, 1, 1, 2],
-        dense=[1, 1, 1, 1, 0, 1],
-    )
-    order, ends = parcels.wire_order(**made, limit=96)
-    assert order.tolist() == [1, 3, 0, 5, 4, 2], "the range of 96 bytes, then what is strewn, large items first"
-    assert ends.tolist() == [3, 4, 5, 6], "a copy longer than the limit goes alone"
-    order, ends = parcels.wire_order(**made, limit=64)
-    assert order.tolist() == [1, 5, 4, 2, 3, 0], "a part of the range, what is strewn, the other part"
-    assert ends.tolist() == [1, 2, 3, 4, 6]
-    apart = made | {"room": np.array([1, 3, 2, 1, 1, 2])}
-    order, _ = parcels.wire_order(**apart, limit=96)
-    assert order.tolist().index(1) > 1, "a range lies in one storage"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -236,9 +214,10 @@ def random_schedule(rng):
             mine = np.flatnonzero((full_plan.src_rank == src) & (full_plan.dst_rank == dst))
             named = rng.sample(range(len(mine)), rng.randint(0, len(mine)))
             ends = sorted({rng.randint(1, len(named)) for _ in range(3)} | {len(named)}) if named else []
-            orders[src, dst] = parcels.Order(np.array(named, np.int64), np.array(ends, np.int64))
+            cuts = sorted({*ends, *(rng.randint(1, len(named)) for _ in range(3))}) if named else []
+            orders[src, dst] = parcels.Order(*(np.array(said, np.int64) for said in (named, cuts, ends)))
     num_bytes, none = full_plan.sizes.prod(axis=1), np.zeros(len(full_plan), bool)
-    rules = parcels.Rules(world, full_plan, num_bytes, none, lanes, 200)
+    rules = parcels.Rules(world, full_plan, num_bytes, none, parcels.Limits(400, 200, lanes))
     posted = [parcels.groups_of(parcels.parcels_of(r, rules, orders)) for r in range(world.size)]
     return full_plan, posted, lanes
 
@@ -311,9 +290,9 @@ def test_a_rank_stays_with_a_peer_for_a_turn(turn, peers, monkeypatch):
     sources = {r: Layout.from_regions(rows, table) for r, rows in held.items()}
     takers = {r: Declaration(Layout.from_regions(rows, table)) for r, rows in ranks.items()}
     copies = plan_refit(World.of(2, 2), sources, takers, table, bucket_bytes=128).bulk
-    each = parcels.Order(np.arange(5), np.arange(1, 6))
+    each = parcels.Order(np.arange(5), np.arange(1, 6), np.arange(1, 6))
     none = np.zeros(len(copies), bool)
-    rules = parcels.Rules(World.of(2, 2), copies, copies.sizes.prod(axis=1), none, 3, 128)
+    rules = parcels.Rules(World.of(2, 2), copies, copies.sizes.prod(axis=1), none, parcels.Limits(128, 128, 3))
     found = [parcels.parcels_of(r, rules, {(s, d): each for s in (0, 1) for d in (2, 3)}) for r in (0, 1)]
     first, second = ("".join(str(p.dst_rank) for p in own) for own in found)
     assert first == peers and all(a != b for a, b in zip(first, second, strict=True))
@@ -325,7 +304,8 @@ def test_pairs_that_move_little_have_smaller_parcels():
     total = int(num_bytes.sum())
 
     def limit(most):
-        return parcels.Rules(World.of(1, 1), copies, num_bytes, none, 3, most).limit_of(0, 1)
+        limits = parcels.Limits(most, most, 3)
+        return parcels.Rules(World.of(1, 1), copies, num_bytes, none, limits).limit_of(0, 1)
 
     assert limit(total) == total // 4 and limit(total // 4) == total // 8 and limit(total // 64) == total // 64
 
@@ -354,9 +334,9 @@ def test_a_direction_has_a_slot_more_than_lanes(ranks, streams, monkeypatch):
     for session in sim.sessions:
         mover = session._agreed.mover
         directions = 2 if world.shared else 1
-        assert mover._depth > mover._num_lanes, "what is packed next waits for no lane"
-        assert directions * mover._depth * mover._limit <= 512 << 20
-        assert mover._limit >= 64 << 20
+        assert mover._num_slots() > mover._num_lanes, "what is packed next waits for no lane"
+        assert directions * mover._num_slots() * mover._limits.packed <= 512 << 20
+        assert mover._limits.packed >= 64 << 20
 
 
 @pytest.mark.parametrize(("bucket", "fits"), [(2048, True), (2049, False)])
@@ -405,11 +385,22 @@ def test_a_silent_trainer_is_named_with_round_and_parameter(on_cpu):
     full, sources, landings = two_sides(random.Random(4), 2, 1)
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
     raise_any(sim.start())
+    raise_any(sim.refit(1))
     sim.sessions[1]._agreed.mover.run = lambda *_: time.sleep(1.5)
-    results = sim.refit(1)
-    error = results[2]
+    error = sim.refit(2)[2]
     assert isinstance(error, TransferError) and "receiving from trainer 1 (rank 1) in round" in str(error)
-    assert "layers." in str(error) and landings[0].version == -1 and landings[0].rejected
+    assert "layers." in str(error) and landings[0].version == 1 and landings[0].rejected
+
+
+def test_a_trainer_that_does_not_say_where_its_copies_lie_is_named(on_cpu):
+    """By the generator that waits for it, before another trainer reports the generator that it waits for."""
+    full, sources, landings = two_sides(random.Random(4), 2, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
+    raise_any(sim.start())
+    sim.sessions[1]._agreed.mover.run = lambda *_: time.sleep(1.5)
+    errors = sim.refit(1)
+    assert all("for trainer 1 (rank 1)" in str(errors[rank]) for rank in (0, 2))
+    assert landings[0].version == -1 and landings[0].rejected
 
 
 def test_a_peer_that_does_not_connect_is_named_with_the_parcel(on_cpu):
