@@ -15,7 +15,7 @@ import ctypes
 import importlib.util
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -39,6 +39,7 @@ _NCCL = 23007
 _PACKAGES = ("nccl.core", "nccl.m2n")
 _NVLS = "NCCL_NVLS_ENABLE"
 _CLOSE_S = 10.0
+_MOST_RUNNING = 32  # calls, of a few kernels each
 
 
 def missing() -> str | None:
@@ -93,6 +94,7 @@ class NcclM2n:
         self._comm: Any = None
         self._deadline_s = setting.control.deadline_s
         self._made: dict[int, Reshard] = {}  # those that were made before
+        self._running: deque[torch.cuda.Event] = deque()
         own = bytes(nccl.core.get_unique_id()) if setting.rank == 0 else b""
         name = setting.control.gather("agree", own)[0]
         try:
@@ -114,17 +116,21 @@ class NcclM2n:
     def reshard(self, call: Reshard, rank: int) -> None:
         """Start on the current stream of the session's device.
 
-        The first time, ranks may wait for each other on their hosts, as NCCL registers memory with all of them.
+        The first time, ranks may wait for each other on their hosts, as NCCL registers memory with all of them. At any
+        time, few calls are under way: the driver makes the host wait, without a limit, where its queues are full.
 
         Raises:
-            TimeoutError: some rank did not come then.
+            TimeoutError: some rank did not come then, or an earlier call does not end.
         """
         stream = torch.cuda.current_stream(self._device)
+        if len(self._running) == _MOST_RUNNING:
+            await_event(self._running.popleft(), "an earlier call", time.monotonic() + self._deadline_s)
         if id(call) in self._made:
             self._start(call, rank, stream)
-            return
-        within(self._deadline_s, lambda: self._start(call, rank, stream), "m2n's first call")
-        self._made[id(call)] = call
+        else:
+            within(self._deadline_s, lambda: self._start(call, rank, stream), "m2n's first call")
+            self._made[id(call)] = call
+        self._running.append(stream.record_event())
 
     def _start(self, call: Reshard, rank: int, stream: torch.cuda.Stream) -> None:
         ends: dict[str, Any] = {}
@@ -255,7 +261,7 @@ class M2n:
         except Exception as error:  # those of NCCL's packages are of no common kind
             name = self._plan.names[call.tensors[0]]
             raise TransferError(
-                f"m2n refused {name} ({len(call.tensors)} tensors in one call, {call.src} -> {call.dst}): {error}",
+                f"m2n failed with {name} ({len(call.tensors)} tensors in one call, {call.src} -> {call.dst}): {error}",
                 rank=self._rank,
                 phase="transfer",
                 remedy="use the transport 'nccl'; remake the session",

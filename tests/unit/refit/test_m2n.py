@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import math
@@ -261,7 +262,7 @@ def test_a_call_that_is_refused_names_the_tensor(stand_in):
         session._agreed.mover._library.reshard = refuse
     results = sim.refit(1)
     assert all(isinstance(r, TransferError) for r in results.values())
-    assert "m2n refused even." in str(results[1]) and "GIN is not available" in str(results[1])
+    assert "m2n failed with even." in str(results[1]) and "GIN is not available" in str(results[1])
     assert landing.version == -1
 
 
@@ -304,7 +305,7 @@ def nccl_m2n(monkeypatch):
     monkeypatch.setattr(m2n.NcclM2n, "lost", "")
     library = object.__new__(m2n.NcclM2n)
     library._m2n, library._comm, library._handle, library._device = called, called, called, torch.device("cpu")
-    library._deadline_s, library._made = 5, {}
+    library._deadline_s, library._made, library._running = 5, {}, collections.deque()
     return library, called
 
 
@@ -341,6 +342,20 @@ def test_a_first_call_that_waits_for_a_dead_rank_ends(nccl_m2n, monkeypatch):
     library.reshard(call, 0)
     library.reshard(call, 0)
     assert threads[-1] == (threading.current_thread(), True) != threads[-2] and threads[-2][1]
+
+
+def test_few_calls_are_under_way_at_a_time(nccl_m2n, monkeypatch):
+    """A rank that died in the middle of them is no reason to wait for the driver without a limit."""
+    library, called = nccl_m2n
+    side = Side(0, (2,), (0,), (2, 4))
+    call = resharding.Reshard((0,), torch.bfloat16, side, side, {0: 1, 1: 2})
+    for _ in range(2 * m2n._MOST_RUNNING):
+        library.reshard(call, 0)
+    started = [name for name, *_ in called if name in ("reshard", "query")]
+    assert started == ["reshard"] * m2n._MOST_RUNNING + ["query", "reshard"] * m2n._MOST_RUNNING
+    called.fails, library._deadline_s = frozenset({"query"}), 0.05
+    with pytest.raises(TimeoutError, match="an earlier call was not done within the deadline"):
+        library.reshard(call, 0)
 
 
 def test_windows_are_given_back_before_the_communicator_they_are_kept_by(nccl_m2n):
