@@ -28,6 +28,11 @@ _SIDE: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of
 _ALL: dict[torch.device, tuple[torch.cuda.Event, Any, Any]] = {}  # of `await_rest`: with handles of context and event
 
 
+def one_device(device: torch.device) -> torch.device:
+    """`device` as its tensors name it: `cuda` is the current GPU of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def finish(device: torch.device, end: float, look: Callable[[], None] = lambda: None) -> None:
     """Until the current stream of `device` is done; nothing to wait for on the CPU.
 

@@ -12,7 +12,7 @@ from nemo_rl.refit.agreed import Agreed, agree_on
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, agree_still, share_declarations, share_sources
-from nemo_rl.refit.device import await_rest, finish
+from nemo_rl.refit.device import await_rest, finish, one_device
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError
 from nemo_rl.refit.layout import Holding, Layout, SourceViews, departure
@@ -42,7 +42,7 @@ class RefitSession:
         options: equal on all ranks (checked).
         source: on a trainer, what it holds.
         landing: on a generator, where it lands.
-        device: where this rank's tensors and buffers are.
+        device: where this rank's tensors and buffers are; `cuda` is the current one.
         channel: an open channel to use instead of one of the session's own (simulated ranks).
         planner: makes the plan, in the way of `plan_refit`; ranks of one process may share the work.
 
@@ -69,7 +69,7 @@ class RefitSession:
             raise ValueError(f"transport '{options.transport}' is not one of {', '.join(NAMES)}")
         self.rank, self.world, self.options = rank, world, options
         self._address, self._source, self._landing = store, source, landing
-        self._device, self._given_channel, self._planner = device, channel, planner
+        self._device, self._given_channel, self._planner = one_device(device), channel, planner
         self._failure: RefitError | None = None
         self._version: int | None = None
         # Messages give up before gathers do, so that the first report is the one that names peer and parameter.

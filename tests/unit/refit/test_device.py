@@ -25,6 +25,12 @@ class Event:
         return self.left < 0
 
 
+def test_a_gpu_is_called_as_its_tensors_call_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    asked = [torch.device(name) for name in ("cuda", "cuda:1", "cpu")]
+    assert [str(device.one_device(one)) for one in asked] == ["cuda:3", "cuda:1", "cpu"]
+
+
 def test_an_event_is_awaited_until_its_deadline_and_no_longer(monkeypatch):
     monkeypatch.setattr(device, "_CLOSELY_S", 0.0)
     looks = []
