@@ -64,10 +64,19 @@ class Agreed:
             kernel_launches=bulk.kernel_launches,
         )
 
+    def tidy(self) -> None:
+        """Nobody reads digests of this refit any more: the next one finds room for its own."""
+        if self.arrivals is not None:
+            self.arrivals.tidy()
+        if self.verifier is not None:
+            self.verifier.tidy()
+
     def close(self) -> None:
         """Give up the mover's windows and the lane; idempotent."""
-        self.mover.close()
-        self.lane.close()
+        try:
+            self.mover.close()
+        finally:
+            self.lane.close()
 
 
 def agree_on(

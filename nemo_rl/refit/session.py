@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -318,10 +319,7 @@ class RefitSession:
         """What nobody waits for: engines serve `version` already, whatever fails here; the next call says what did."""
         try:
             self._link.control.tidy()
-            if self._agreed.arrivals is not None:
-                self._agreed.arrivals.tidy()
-            if self._agreed.verifier is not None:
-                self._agreed.verifier.tidy()
+            self._agreed.tidy()
         except Exception as error:
             said = f"version {version} is committed and served; behind it, {type(error).__name__}: {error}"
             self._fail(RefitError(said, rank=self.rank, phase="commit", remedy="remake the session before a refit"))
@@ -373,22 +371,25 @@ class RefitSession:
         self._failure = type(error)(error.detail, rank=error.rank, phase=error.phase, remedy=error.remedy)
         log.error("%s", self._failure)
         if self._control is not None:
-            self._control.abort(error)
-        try:
-            if self._landing is not None and self._touched:
-                self._landing.reject(str(error))
-        except Exception:  # peers wait, and the first failure is what counts
-            log.exception("%s could not be told to refuse", self.world.describe(self.rank))
-        finally:
-            self._disconnect()
+            self._whatever("could not tell others", partial(self._control.abort, error))
+        if self._landing is not None and self._touched:
+            self._whatever("could not be told to refuse", partial(self._landing.reject, str(error)))
+        self._disconnect()
 
     def _disconnect(self) -> None:
         """Give up the mover's windows and the channel, which releases peers that wait for this rank."""
-        self._drop_plan()
+        self._whatever("did not give up its plan", self._drop_plan)
         if self._link_or_none is not None:
-            self._link_or_none.channel.close()
+            self._whatever("did not give up its channel", self._link_or_none.channel.close)
         if self._control is not None:
-            self._control.close()
+            self._whatever("did not give up its board", self._control.close)
+
+    def _whatever(self, text: str, step: Callable[[], object]) -> None:
+        """Peers wait, and the first failure is what counts: another one in `step` is logged."""
+        try:
+            step()
+        except Exception:
+            log.exception("%s %s", self.world.describe(self.rank), text)
 
     def _drop_plan(self) -> None:
         """Give up what was made for the plan; idempotent."""

@@ -174,6 +174,24 @@ def test_what_fails_behind_the_commit_takes_nothing_back(monkeypatch):
     assert all(landing.version == 1 for landing in landings)
 
 
+def test_what_fails_while_a_failed_session_ends_hides_nothing(caplog):
+    """A device that is lost fails in all that is given up, too."""
+    sim, _, landings, _ = two_by_two(wrap=lambda r, t: Tampering(t, flip) if r == 3 else t)
+    raise_any(sim.start())
+    session = sim.sessions[3]
+    boards = [s._link.control.board for s in sim.sessions]
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: planted")
+
+    session._agreed.mover.close = session._agreed.lane.close = session._link.channel.close = lost
+    results = sim.refit(1)
+    assert isinstance(results[3], VerificationError) and landings[1].rejected
+    assert all("generator 1 (rank 3) failed in phase 'verify'" in str(results[r]) for r in range(3))
+    assert all(board._map.closed for board in boards)
+    assert "did not give up its plan" in caplog.text and "did not give up its channel" in caplog.text
+
+
 def test_a_plan_is_given_up_before_the_next_one_is_made(monkeypatch):
     """With it goes what was prepared for it; the channel stays."""
     opened, log = registry.TRANSPORTS["gloo"].mover, []
