@@ -8,12 +8,14 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 log = logging.getLogger(__name__)
 
 _BATCH = 64  # descriptors of a message; the kernel's limit is 253
 _WAIT_S = 20.0
+_PAUSE_S = 0.01
 _MOST = 1 << 24  # bytes of a question
 
 
@@ -37,13 +39,14 @@ class DescriptorServer:
 
     def _serve(self) -> None:
         while True:
-            client, _ = self._socket.accept()
-            with client:
-                client.settimeout(_WAIT_S)
-                try:
+            try:
+                client, _ = self._socket.accept()
+                with client:
+                    client.settimeout(_WAIT_S)
                     self._answer(client)
-                except (OSError, ValueError) as error:
-                    log.warning("descriptors were not handed out: %s", error)
+            except Exception as error:  # whoever asks next is to be answered
+                log.warning("descriptors were not handed out: %s", error)
+                time.sleep(_PAUSE_S)  # a process out of descriptors cannot even refuse
 
     def _answer(self, client: socket.socket) -> None:
         with client.makefile("rb") as asked:
@@ -54,7 +57,7 @@ class DescriptorServer:
                 for number in numbers[start : start + _BATCH]:
                     made.append(self._make(int(number)))
                 socket.send_fds(client, [b"\0"], made)
-            except OSError as error:
+            except Exception as error:  # the asker's answer
                 client.sendall(f"!{error}".encode())
                 return
             finally:

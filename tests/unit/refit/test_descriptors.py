@@ -15,6 +15,8 @@ from nemo_rl.refit.transports.descriptors import DescriptorServer, fetch
 def file_of(number):
     if number == 13:
         raise OSError("memory 13 was not shown")
+    if number == 14:
+        raise TypeError("the driver takes no 14")
     made = os.memfd_create("test")
     os.write(made, f"memory {number}".encode())
     return made
@@ -57,6 +59,13 @@ def test_what_is_not_there_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(OSError, match="memory 13 was not shown"):
         fetch(server.name, [*range(100, 170), 13], lambda d: got.append(read(d)))
     assert len(got) == 64
+    with pytest.raises(OSError, match="the driver takes no 14"):
+        fetch(server.name, [14], got.append)
+    with descriptors.socket.socket(descriptors.socket.AF_UNIX) as stranger:
+        stranger.connect(f"\0{server.name}")
+        stranger.sendall(b"{}[\n")
+    fetch(server.name, [100], lambda d: got.append(read(d)))
+    assert got[-1] == "memory 100", "it goes on whatever it was asked"
     with pytest.raises(OSError, match="refused"):
         fetch("refit-nobody", [1], got.append)
     monkeypatch.setattr(descriptors, "_WAIT_S", 0.1)
