@@ -1,7 +1,7 @@
 """Train a model with GRPO: `run_grpo.py --config examples/configs/grpo_qwen3_tiny_cpu.yaml key=value ...`.
 
 The keys are those of `nemo_rl/schema.py`. Exits with 2 where the configuration is refused, with 1 where the run fails,
-with 130 where it is interrupted.
+with 130 where it is interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations

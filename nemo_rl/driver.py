@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +34,7 @@ def run(config: Config, title: str, console: Console) -> Path:
         ConfigError: the configuration cannot work; no actor was started and no folder made.
         ClusterError: actors could not be placed, died or failed; what was recorded stays in the run's folder.
         RunError: what actors answered ends the run; what was recorded stays too.
+        KeyboardInterrupt: also on SIGTERM, as SLURM and Kubernetes send it; actors are closed.
     """
     console.print("checking the configuration", style="dim")
     if problems := validate(config):
@@ -47,6 +52,7 @@ def run(config: Config, title: str, console: Console) -> Path:
     try:
         with (
             Cluster(config.cluster, topology, device_of(config)) as cluster,
+            _interrupted_by_sigterm(),
             Actors(config, model_path, topology, device_of(config), cluster) as actors,
         ):
             _train(config, title, folder, model_path, actors, console)
@@ -54,6 +60,23 @@ def run(config: Config, title: str, console: Console) -> Path:
         log.info("the run ended early", exc_info=True)
         raise
     return folder
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is what Ctrl-C is: Ray's own handler, which it sets when it starts, aborts the process."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop_token_ids(model_path: Path) -> tuple[int, ...]:
