@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.layout import Layout
 from nemo_rl.refit.pipeline import Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
@@ -43,11 +44,10 @@ class Golden:
         """Move every tensor of `copies`; all ranks of the world call it.
 
         Raises:
-            RuntimeError: a broadcast failed or the deadline passed.
+            TransferError: a broadcast failed or the deadline passed; which one, and whose.
         """
         end = time.monotonic() + deadline_s
         traffic = Traffic()
-        everyone = tuple(range(self._plan.world.size))
         owners = _owners(self._sources)
         for fqn in dict.fromkeys(self._plan.names[t] for t in np.unique(copies.tensor)):
             meta = self._plan.table[fqn]
@@ -57,7 +57,7 @@ class Golden:
                     piece = src_view(row, Region(offsets, sizes)).contiguous()
                 else:
                     piece = self._empty(sizes, meta.dtype)
-                self._channel.broadcast(as_bytes(piece), owner, everyone).wait(end - time.monotonic())
+                self._broadcast(piece, fqn, Region(offsets, sizes), owner, end)
                 traffic.sent_bytes += piece.nbytes if self._rank == owner else 0
                 traffic.received_bytes += 0 if self._rank == owner else piece.nbytes
                 held = piece.nbytes + (0 if full is None else full.nbytes)
@@ -67,6 +67,20 @@ class Golden:
             if tracker is not None and full is not None:
                 _land(copies, self._rank, fqn, full, tracker)
         return traffic
+
+    def _broadcast(self, piece: torch.Tensor, fqn: str, region: Region, owner: int, end: float) -> None:
+        everyone, world = tuple(range(self._plan.world.size)), self._plan.world
+        try:
+            self._channel.broadcast(as_bytes(piece), owner, everyone).wait(end - time.monotonic())
+        except RuntimeError as error:
+            peers = "the other ranks" if owner == self._rank else world.describe(owner)
+            raise TransferError(
+                f"{'sending' if owner == self._rank else 'receiving'} {fqn} {region} ({piece.nbytes} bytes) "
+                f"{'to' if owner == self._rank else 'from'} {peers}: {error}",
+                rank=self._rank,
+                phase="transfer",
+                remedy=f"look at the logs of {peers}; remake the session",
+            ) from error
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)

@@ -275,6 +275,18 @@ def test_a_silent_sender_is_named_with_round_and_parameter():
     assert failed and any("trainer 1 (rank 1)" in str(e) and "round" in str(e) and ".w" in str(e) for e in failed)
 
 
+def test_a_silent_owner_of_the_reference_refit_is_named_with_the_parameter():
+    class Mute(InprocChannel):
+        def broadcast(self, buffer, root, ranks):
+            return InprocChannel(type(self._hub)(), 0).broadcast(buffer, root, ranks)
+
+    options = RefitOptions("golden", deadline_s=1)
+    sim, _, _, _ = two_by_two(options=options, wrap=lambda r, t: Mute(t._hub, r) if r == 1 else t)
+    raise_any(sim.start())
+    failed = [str(r) for r in sim.refit(1).values() if isinstance(r, TransferError)]
+    assert any("receiving" in text and ".w [" in text and "from trainer 1 (rank 1)" in text for text in failed), failed
+
+
 def test_layout_problems_refuse_before_anything_moves():
     rows = [("experts.0.w", WHOLE((8, 8)))]
     sim, _, _, _ = two_by_two(
