@@ -18,6 +18,8 @@ from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.refit.base import LONGEST_S, MEASURE_LINKS, MOST_STREAMS
 from nemo_rl.refit.device import MULTICAST_OFF
+from nemo_rl.refit.transports.grouped import STAGING_BYTES
+from nemo_rl.refit.transports.registry import OF_PARCELS
 from nemo_rl.schema import Config
 from nemo_rl.topology import Topology, device_of, gpus_here, parallel_of, parallel_sizes, topology_of
 from nemo_rl.trainer import families
@@ -170,12 +172,14 @@ def _numbers(config: Config) -> Iterator[str]:
         "policy.refit.num_streams": (policy.refit.num_streams, MOST_STREAMS),
         "policy.refit.deadline_s": (policy.refit.deadline_s, LONGEST_S),
     }
+    if policy.refit.transport in OF_PARCELS:
+        at_most["policy.refit.bucket_bytes"] = (policy.refit.bucket_bytes, STAGING_BYTES // 2)
     for key, value in positive.items():
         if value <= 0:
             yield f"{key}={value}: must be above 0"
     for key, (value, most) in at_most.items():
         if value > most:
-            yield f"{key}={value}: must be at most {most:g}"
+            yield f"{key}={value}: must be at most {most:.9g}"
     for key, (value, least) in at_least.items():
         if value < least:
             yield f"{key}={value}: must be at least {least}"

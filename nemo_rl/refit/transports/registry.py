@@ -110,7 +110,7 @@ _ALIKE = 1.05
 
 NAMES = ("auto", *TRANSPORTS)
 
-_OF_PARCELS = ("nccl", "m2n")
+OF_PARCELS = ("nccl", "m2n")
 """Those whose messages must fit into slots of bounded size."""
 
 
@@ -147,7 +147,7 @@ def candidates(control: Control, options: RefitOptions, facts: Facts, boardless:
     """
     mine = {t.name: t.unsupported(control.rank, control.world, facts) for t in TRANSPORTS.values()}
     mine |= {name: mine[name] or boardless for name, t in TRANSPORTS.items() if t.one_sided}
-    mine |= {name: mine[name] or _too_long(options, control.world) for name in _OF_PARCELS}
+    mine |= {name: mine[name] or _too_long(options, control.world) for name in OF_PARCELS}
     said = {r: json.loads(b) for r, b in control.gather("connect", json.dumps(mine).encode()).items()}
     reasons = {
         name: next((f"{control.world.describe(r)}: {text[name]}" for r, text in said.items() if text[name]), None)
