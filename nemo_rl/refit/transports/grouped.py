@@ -47,6 +47,9 @@ STAGING_BYTES = 512 << 20
 DIGEST_BYTES = 256 << 20
 """Of parcels that are looked at together as soon as they landed: each launch takes time of the host's."""
 
+MOST_RUNNING = 128
+"""Groups that are posted and not through: the driver makes the host wait without a limit where its queues are full."""
+
 _LOOK_S = 0.1
 
 
@@ -138,12 +141,21 @@ class Grouped:
             settled = max(settled, free)
             posted.append(self._post(number, group, copies, tracker, serve))
             serve()
+            if number >= MOST_RUNNING:
+                self._await(posted[number - MOST_RUNNING], copies, end, serve)
         for number in range(settled, len(posted)):
             self._settle(number, posted, copies, tracker, end)
         if tracker is not None:
             self._look_at_landed(tracker)
             rejoin(self._setting.device)
         return posted
+
+    def _await(self, one: _Posted, copies: CopyTable, end: float, look: Callable[[], None]) -> None:
+        while one.flight is not None and not one.flight.done():
+            if time.monotonic() > end:
+                raise self._failed([one], copies, "it was not done within the deadline")
+            look()
+            time.sleep(0)  # others may run
 
     def _free_before(self, number: int) -> int:
         """How many groups are to be settled before group `number` is posted."""

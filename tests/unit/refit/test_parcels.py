@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -436,6 +437,45 @@ def test_who_waits_for_a_peer_to_connect_hears_why_it_does_not(on_cpu):
     errors = sim.refit(1)
     assert "out of memory" in str(errors[0]) and "out of memory" in str(errors[1])
     assert time.monotonic() - started < 10 and landings[0].version == -1
+
+
+def through(exchange, *posts):
+    flight = exchange(*posts)
+    flight.done = lambda: True
+    return flight
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_the_host_is_a_few_groups_ahead_of_the_device(late, on_cpu, monkeypatch):
+    """Where a peer died, it ends at the deadline and not in the driver; elsewhere, it looks on until there is room."""
+    monkeypatch.setattr(grouped, "MOST_RUNNING", 2)
+    _, sources, landings = two_sides(random.Random(4), 2, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=2))
+    raise_any(sim.start())
+    *others, lanes = (session._agreed.mover._lanes for session in sim.sessions)
+    inner, looks = lanes.exchange, []
+    for other in others:
+        other.exchange = partial(through, other.exchange)
+
+    def exchange(*posts):
+        flight, number = inner(*posts), len(looks)
+        looks.append(0)
+
+        def done():
+            looks[number] += 1
+            return not late and looks[number] > 5
+
+        flight.done = done
+        return flight
+
+    lanes.exchange = exchange
+    result = sim.refit(1)[2]
+    if late:
+        assert isinstance(result, TransferError) and "was not done within the deadline" in str(result)
+        assert "receiving from trainer" in str(result) and len(looks) == 3
+    else:
+        assert landings[0].version == 1 and len(looks) > 4
+        assert looks == [6] * (len(looks) - 2) + [0, 0]
 
 
 def test_the_first_parcel_that_is_late_is_named(on_cpu):
