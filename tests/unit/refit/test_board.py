@@ -256,7 +256,7 @@ def test_the_first_of_many_answers_is_everyones():
         got = []
         for turn in range(300):
             board.meet("commit")
-            if rank == turn < 3:  # who is alone on a busy host would always be the first
+            if rank == 0 and turn < 5:  # who is alone on a busy host would always be the first
                 time.sleep(0.02)
             got.append(board.decide(turn + 1, f"{turn} as rank {rank} wants", "commit"))
         digest = int.from_bytes(hashlib.sha256("".join(got).encode()).digest()[:7], "little")
