@@ -325,13 +325,16 @@ class RefitSession:
             self._fail(RefitError(said, rank=self.rank, phase="commit", remedy="remake the session before a refit"))
 
     def _commit(self, version: int) -> None:
-        """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed."""
+        """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed.
+
+        That all have is a decision too: who comes too late hears that others gave up, and refuses as they do.
+        """
         if self._landing is not None:
             self._landing.finish()
         self._link.control.settle("commit", str(version))
         if self._landing is not None:
             self._landing.commit(version)
-        self._link.control.meet("committed")
+        self._link.control.settle("committed", str(version))
         self._version, self._touched = version, False
 
     def _report(

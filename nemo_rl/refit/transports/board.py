@@ -25,6 +25,7 @@ _LINE = 8  # words of a cache line, so that no two ranks write to the same one
 MOST_WORDS = 4  # that a rank brings to a meeting
 # Words before the text of a decision (its question's number, its bytes, the last question in dispute); most bytes of it
 _DECISION, _MOST_TEXT = 3, 1024
+_RECORD = _DECISION + _MOST_TEXT // 8  # words of a decision and its text
 # Looking on without a pause sees at once what is due soon. It takes the interpreter from other threads, so only a
 # process without any does it, and a processor: for long only where this host has some to spare.
 _SPIN_S, _SPARE_S = 5e-5, 20e-3
@@ -213,25 +214,25 @@ class Board:
         one that leaves knows of no dispute, all that give up will count all ranks.
         """
         with self._fence:
-            return self._words[self._decision + 2] < question
+            return self._words[self._decision(question) + 2] < question
 
     def dispute(self, question: int, meeting: int) -> bool:
         """This rank gives up on others in `meeting`, which decides `question`. Whether all came nevertheless: ask
         `decide`, with a yes if so."""
-        self._words[self._decision + 2] = question
+        self._words[self._decision(question) + 2] = question
         with self._fence:
             return all(self.seen(rank, self._lanes) >= meeting for rank in self._everyone)
 
     def decide(self, question: int, answer: str, phase: str) -> str:
         """The answer that the first rank gave to `question`; every rank gets the same, whatever it wanted itself.
 
-        Numbers of questions grow, and ranks ask no other before all have this answer. A process that ends on the way
-        holds up nobody.
+        Questions are numbered one after the other, and who has this answer asks no question but the next one before all
+        have it. A process that ends on the way holds up nobody.
 
         Raises:
             TransferError: another rank was about to answer until the deadline.
         """
-        at, asked = self._decision, time.monotonic()
+        at, asked = self._decision(question), time.monotonic()
         while self._words[at] < question and not self._decided(question, answer):
             waited = time.monotonic() - asked
             if waited > self._control.deadline_s:
@@ -251,7 +252,7 @@ class Board:
 
     def _decided(self, question: int, answer: str) -> bool:
         """Decide by `answer`, unless another rank did; False where another one is about to."""
-        at = self._decision
+        at = self._decision(question)
         with self._locked() as locked:
             if locked and self._words[at] < question:
                 start, text = 8 * (at + _DECISION), answer.encode()[:_MOST_TEXT]
@@ -260,10 +261,10 @@ class Board:
                 self._words[at] = question  # last: until then, nothing is decided
             return locked
 
-    @property
-    def _decision(self) -> int:
-        """The first word of what all share: the last decision."""
-        return self._width * len(self._everyone)
+    def _decision(self, question: int) -> int:
+        """The first word of its record, behind what each rank says. Two records take turns: some ranks may ask for an
+        answer while others, who have it, give up on the next question."""
+        return self._width * len(self._everyone) + question % 2 * _RECORD
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
@@ -386,4 +387,4 @@ def _width(lanes: int) -> int:
 
 def _size(control: Control, lanes: int) -> int:
     """Bytes without letters: what each rank says, then what they decided."""
-    return control.world.size * _width(lanes) * 8 + _DECISION * 8 + _MOST_TEXT
+    return (control.world.size * _width(lanes) + 2 * _RECORD) * 8

@@ -169,6 +169,20 @@ def test_a_rank_that_decided_early_or_late_gets_the_first_answer(where):
             member.settle("commit", "2")  # another question
 
 
+def test_who_is_late_in_one_question_finds_what_the_others_decided_of_the_next():
+    """All came to the first meeting, rank 2 gives up on it late; rank 0 has given up on it in the second by then."""
+    first, late, second = 1, 2, 2
+    members, _ = boarded()
+    boards = [member.board for member in members]
+    together(members, lambda c: c.board.meet("commit"))
+    assert boards[0].undisputed(first) and not boards[0].dispute(second, boards[0].meetings + 1)
+    assert boards[0].decide(second, "no: late", "committed") == "no: late"
+    assert boards[late].dispute(first, boards[late].meetings), "all came"
+    assert boards[late].decide(first, "yes", "commit") == "yes"
+    assert not boards[late].undisputed(second)
+    assert boards[late].decide(second, "yes", "committed") == "no: late"
+
+
 def test_a_rank_that_loses_the_store_before_a_decision_decides_against_it():
     """Where ranks have a board, which says so to those that still meet."""
     members, _ = boarded()

@@ -18,6 +18,7 @@ from nemo_rl.refit.plan import MiscBuffer
 from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.proof import Refusal, prove
 from nemo_rl.refit.region import Region
+from nemo_rl.refit.transports.board import Board
 from nemo_rl.refit.transports.inproc import Hub, InprocChannel
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -137,6 +138,21 @@ def test_a_commit_that_fails_on_one_rank_fails_on_all():
     results = sim.refit(1)
     nobody_committed(results, landings)
     assert any("prefix cache" in str(r) for r in results.values())
+
+
+@pytest.mark.parametrize("meets", ["board", "store"])
+def test_a_slow_commit_is_no_success_of_the_slow_rank(meets, monkeypatch):
+    """Others gave up on it and refuse; all that it finds at the last meeting is what they said before."""
+
+    class Slow(PlainLanding):
+        def commit(self, version):
+            time.sleep(1)
+            super().commit(version)
+
+    if meets == "store":
+        monkeypatch.setattr(Board, "open", lambda *_, **__: None)
+    sim, _, landings, _ = pair(PlainLanding, Slow, RefitOptions(deadline_s=0.5))
+    nobody_committed(sim.refit(1), landings)
 
 
 @pytest.mark.parametrize("hook", ["begin", "open", "close", "finish"])
