@@ -96,7 +96,7 @@ class Case:
     stand_in: bool = False
     layers: int | None = None
     profile: bool = False
-    repeat: int = 5
+    repeat: int = 7
 
     @property
     def shape(self) -> ModelShape:
@@ -142,8 +142,8 @@ _FIRST_OF_TWO = Engines(2, present=1)
 
 _FOUR: tuple[Case, ...] = (
     Case("30B EP2 -> TP2", _MOE, _EP2, _TWO_RANKS, EVERY, profile=True),
-    Case("4B TP2 -> TP2", _DENSE, _TP2, _TWO_RANKS, EVERY, profile=True),
-    Case("0.6B TP2 -> TP2", _TINY, _TP2, _TWO_RANKS, EVERY, profile=True),
+    Case("4B TP2 -> TP2", _DENSE, _TP2, _TWO_RANKS, EVERY, profile=True, repeat=15),
+    Case("0.6B TP2 -> TP2", _TINY, _TP2, _TWO_RANKS, EVERY, profile=True, repeat=15),
     Case("30B 1 -> 3 replicas", _MOE, _ONE, Engines(1, 3), MOST),
     Case("30B TP2 -> 2 replicas", _MOE, Parallel(2, tensor=2, expert_tensor=2), Engines(1, 2), MOST),
     Case("30B PP2 -> TP2", _MOE, _PP2, _TWO_RANKS, MOST),
