@@ -76,8 +76,9 @@ class Grouped:
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
         self._num_lanes = num_lanes(setting.messages.num_streams)
         self._depth = self._num_lanes + AHEAD  # groups that were posted and not settled
-        slots = self._num_slots()
-        self._out, self._in = (End(setting, out, slots, lanes.prepare) for out in (True, False))
+        self._out, self._in = (
+            End(setting, out, self._depth, self._staging_bytes, lanes.prepare) for out in (True, False)
+        )
         self._groups: list[list[Parcel]] | None = None
         self._wire_bytes = 0, 0  # sent and received
         self._final: dict[int, bool] = {}  # group -> all of its parcel lands in final storage
@@ -213,10 +214,6 @@ class Grouped:
         item = self._plan.item_bytes
         num_bytes: np.ndarray = copies.sizes.prod(axis=1) * item[copies.tensor]
         return num_bytes
-
-    def _num_slots(self) -> int:
-        """Of a direction; where single messages are long, no fewer than two."""
-        return max(2, min(self._depth, self._staging_bytes // self._limits.packed))
 
     @property
     def _limits(self) -> Limits:

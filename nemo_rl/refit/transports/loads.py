@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,13 +39,22 @@ class End:
 
     Args:
         outgoing: parcels leave from rows of the source; otherwise they land in rows of the destination.
-        depth: number of slots.
+        depth: number of slots at most.
+        most_bytes: of all of them; they are no fewer than two.
         prepare: as `Lanes.prepare`.
     """
 
-    def __init__(self, setting: Setting, outgoing: bool, depth: int, prepare: Callable[[Jobs], Callable[[], None]]):
+    def __init__(
+        self,
+        setting: Setting,
+        outgoing: bool,
+        depth: int,
+        most_bytes: int,
+        prepare: Callable[[Jobs], Callable[[], None]],
+    ):
         self._plan, self._outgoing, self._prepare = setting.plan, outgoing, prepare
-        self._slots = [torch.empty(0, dtype=torch.uint8, device=setting.device) for _ in range(depth)]
+        self._depth, self._most_bytes, self._device = depth, most_bytes, setting.device
+        self._slots: list[torch.Tensor] = []
         self._users: list[int] = []  # groups that have a slot, in order
         self._turns: dict[int, int] = {}  # group -> its position among them
         self._views: Views | None = None
@@ -88,19 +97,28 @@ class End:
         Args:
             opens_later: groups that land in what is open for a while only, all in a slot.
         """
-        self._users, self._turns = [], {}
         self._loads.clear()
-        for number, parcel in groups.items():
-            if need := parcel.num_bytes if number in opens_later else self._strewn_bytes(copies, parcel):
-                self._turns[number] = len(self._users)
-                self._users.append(number)
-                slot = self._turns[number] % len(self._slots)
-                if self._slots[slot].numel() < need:
-                    self._slots[slot] = torch.empty(need, dtype=torch.uint8, device=self._slots[slot].device)
+        needs = {
+            number: parcel.num_bytes if number in opens_later else self._strewn_bytes(copies, parcel)
+            for number, parcel in groups.items()
+        }
+        self._users = [number for number, need in needs.items() if need]
+        self._turns = {number: turn for turn, number in enumerate(self._users)}
+        self._make_slots([needs[number] for number in self._users])
+
+    def _make_slots(self, needs: Sequence[int]) -> None:
+        """As many as may be, for groups that take turns and need as many bytes."""
+        for count in range(max(self._depth, 2), 1, -1):
+            sizes = [max(needs[i::count], default=0) for i in range(count)]
+            if sum(sizes) <= self._most_bytes:
+                break
+        if [slot.numel() for slot in self._slots] != sizes:
+            self._slots.clear()  # before others take the memory
+            self._slots += [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
 
     def before(self, number: int) -> int | None:
         """The group that had the slot of group `number` before; None where there is none."""
-        turn = self._turns.get(number, 0) - len(self._slots)
+        turn = self._turns.get(number, -1) - len(self._slots)
         return self._users[turn] if turn >= 0 else None
 
     def load(self, number: int, copies: CopyTable, parcel: Parcel) -> Load:

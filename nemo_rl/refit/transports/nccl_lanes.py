@@ -36,7 +36,10 @@ class _NcclFlight:
         self._done, self._device = done, device
 
     def wait(self, deadline_s: float) -> None:
-        """What the current stream is given next comes after the group; the host waits for nothing, `finish` does."""
+        """What the current stream is given next comes after the group; the host waits for nothing, `finish` does.
+
+        No later than `finish`: events are used again.
+        """
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def done(self) -> bool:
@@ -63,6 +66,9 @@ class NcclLanes:
         self._comms: list[Communicator] = []
         self._met: set[tuple[int, int]] = set()  # lane, peer
         self._connecting: set[int] = set()  # lanes on which a thread is inside NCCL
+        self._before = torch.cuda.Event()  # what a group waits for
+        self._done: list[torch.cuda.Event] = []  # making and freeing them takes longer than their use
+        self._posted = 0  # groups since `finish`
         self._ahead, *self._streams = (torch.cuda.Stream(device, priority=-1) for _ in range(1 + count))
         try:
             self._connect(size, time.monotonic() + deadline_s)
@@ -127,9 +133,15 @@ class NcclLanes:
 
     def _exchange(self, lane: int, sends: Sequence[Post], recvs: Sequence[Post]) -> _NcclFlight:
         stream = self._streams[lane]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._before.record(torch.cuda.current_stream(self._device))
+        stream.wait_event(self._before)
         self._comms[lane].exchange(sends, recvs, stream.cuda_stream)
-        return _NcclFlight(stream.record_event(), self._device)
+        if self._posted == len(self._done):
+            self._done.append(torch.cuda.Event())
+        done = self._done[self._posted]
+        done.record(stream)
+        self._posted += 1
+        return _NcclFlight(done, self._device)
 
     @contextmanager
     def ahead(self) -> Iterator[Aside]:
@@ -151,6 +163,7 @@ class NcclLanes:
 
         Raises RuntimeError where a connection broke.
         """
+        self._posted = 0
         done = torch.cuda.current_stream(self._device).record_event()
         checked = time.monotonic()
         while not done.query():

@@ -15,27 +15,21 @@ from nemo_rl.refit.base import World
 from nemo_rl.refit.packed import pack, unpack
 from nemo_rl.refit.plan import CopyTable
 
-PARCEL_BYTES = 512 << 20
+PARCEL_BYTES = 256 << 20
 """Of a parcel at most, where no single message of the plan is longer: fixed costs are then a few percent."""
 
 PACKED_BYTES = 128 << 20
 """Of those of a parcel that are packed at an end."""
 
-LEAST_IN_PLACE = 4 << 20
+LEAST_IN_PLACE = 1 << 20
 """Bytes of a contiguous range from which on it is worth a transfer of its own, which costs more than a copy."""
 
-LEAST_BYTES = 32 << 20
+LEAST_BYTES = 64 << 20
 """Of a parcel. The first ones of a pair that are packed are shorter than others, because nothing moves meanwhile, and
 so are the last ones, so that lanes come to their end together."""
 
 MESSAGES_OF_A_PAIR = 8
 """Parcels at least that are made of whole messages, down to a quarter of the size."""
-
-TURN = 32
-"""Parcels that a rank sends to one peer before it turns to the next.
-
-A link gives less where a rank sends to several peers at a time, and ranks that change peers wait for each other.
-"""
 
 ALIGNMENT = 16
 """Of transfers in a slot."""
@@ -94,6 +88,9 @@ class Order:
 class Parcel:
     """Transfers of a pair that are posted together.
 
+    A rank stays with a peer until all is moved between them: a link gives less where a rank sends to several peers at a
+    time, and ranks that change peers wait for each other.
+
     Every rank posts its parcels by ascending key and lane, those of one key and lane together. Two parcels of one key
     have neither sender nor receiver in common. What a group waits for on any rank, be it its lane or a slot, was posted
     before it there. So the unfinished groups with the smallest key and lane wait for nothing but each other, and all of
@@ -106,7 +103,7 @@ class Parcel:
         first: position of the first transfer among those of the pair.
     """
 
-    key: tuple[int, int, int, int]
+    key: tuple[int, int, int]
     lane: int
     src_rank: int
     dst_rank: int
@@ -277,12 +274,12 @@ def _of_pair(src: int, dst: int, rules: Rules, order: Order) -> list[Parcel]:
     starts = [0, *order.ends[:-1].tolist()]
     phase = _phase(src, dst, rules.world)
     found = [
-        ((0, number // TURN, phase, number), named[lo:hi], order.cuts[(order.cuts > lo) & (order.cuts <= hi)] - lo)
+        ((0, phase, number), named[lo:hi], order.cuts[(order.cuts > lo) & (order.cuts <= hi)] - lo)
         for number, (lo, hi) in enumerate(zip(starts, order.ends.tolist(), strict=False))
     ]
     left = ~rules.skip
     left[named] = False
-    found += [((1, first, 0, 0), part, np.array([len(part)])) for first, part in _by_round(src, dst, rules, left)]
+    found += [((1, first, 0), part, np.array([len(part)])) for first, part in _by_round(src, dst, rules, left)]
     firsts = np.cumsum([0, *(len(cuts) for *_, cuts in found)]).tolist()
     return [
         Parcel(

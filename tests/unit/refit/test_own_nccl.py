@@ -92,9 +92,11 @@ class Comm:
 class Stream:
     cuda_stream = 0
 
-    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
 
-    def record_event(self) -> None: ...
+
+class Event:
+    def record(self, stream: Stream) -> None: ...
 
 
 @pytest.fixture
@@ -104,6 +106,7 @@ def lanes_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NcclLanes]:
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(nccl_lanes, "unique_id", lambda: b"unique")
 
     def make(store: dist.Store, *comms: Comm) -> NcclLanes:

@@ -37,7 +37,6 @@ def on_cpu(monkeypatch):
     for name, value in (("PARCEL_BYTES", 2048), ("PACKED_BYTES", 1024), ("LEAST_BYTES", 512)):
         monkeypatch.setattr(parcels, name, value)
     monkeypatch.setattr(parcels, "LEAST_IN_PLACE", 64)
-    monkeypatch.setattr(parcels, "TURN", 2)
     monkeypatch.setattr(grouped, "STAGING_BYTES", 4096)
     monkeypatch.setattr(grouped, "DIGEST_BYTES", 1024)
 
@@ -262,9 +261,8 @@ def left_over(posted, lanes, depth):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_nobody_waits_in_a_circle(seed, monkeypatch):
+def test_nobody_waits_in_a_circle(seed):
     rng = random.Random(seed)
-    monkeypatch.setattr(parcels, "TURN", rng.choice((1, 2, 32)))
     copies, posted, lanes = random_schedule(rng)
     for rank, groups in enumerate(posted):
         numbers = np.concatenate([np.zeros(0, int), *(p.copies for group in groups for p in group)])
@@ -281,10 +279,8 @@ def test_nobody_waits_in_a_circle(seed, monkeypatch):
         assert left_over(posted, lanes, depth) == 0
 
 
-@pytest.mark.parametrize(("turn", "peers"), [(2, "2233223323"), (32, "2222233333")])
-def test_a_rank_stays_with_a_peer_for_a_turn(turn, peers, monkeypatch):
+def test_a_rank_stays_with_a_peer():
     """Two trainers, two generators: while one pair moves its parcels, the two others move theirs."""
-    monkeypatch.setattr(parcels, "TURN", turn)
     table = make_table({f"{i}.w": ((4, 64), torch.uint8) for i in range(10)})
     ranks = {r: [(f, Region((0, 0), (2, 64)) if r % 2 else Region((2, 0), (2, 64))) for f in table] for r in (2, 3)}
     held = {r: [(f, WHOLE((4, 64))) for f in list(table)[5 * r : 5 * r + 5]] for r in (0, 1)}
@@ -296,7 +292,7 @@ def test_a_rank_stays_with_a_peer_for_a_turn(turn, peers, monkeypatch):
     rules = parcels.Rules(World.of(2, 2), copies, copies.sizes.prod(axis=1), none, parcels.Limits(128, 128, 3))
     found = [parcels.parcels_of(r, rules, {(s, d): each for s in (0, 1) for d in (2, 3)}) for r in (0, 1)]
     first, second = ("".join(str(p.dst_rank) for p in own) for own in found)
-    assert first == peers and all(a != b for a, b in zip(first, second, strict=True))
+    assert first == "2222233333" and all(a != b for a, b in zip(first, second, strict=True))
 
 
 def test_pairs_that_move_little_have_smaller_parcels():
@@ -335,9 +331,10 @@ def test_a_direction_has_a_slot_more_than_lanes(ranks, streams, monkeypatch):
     for session in sim.sessions:
         mover = session._agreed.mover
         directions = 2 if world.shared else 1
-        assert mover._num_slots() > mover._num_lanes, "what is packed next waits for no lane"
-        assert directions * mover._num_slots() * mover._limits.packed <= 512 << 20
-        assert mover._limits.packed >= 64 << 20
+        slots = mover._staging_bytes // mover._limits.packed
+        assert slots > mover._num_lanes, "what is packed next waits for no lane"
+        assert directions * mover._staging_bytes <= 512 << 20
+        assert mover._limits.packed >= 32 << 20
 
 
 @pytest.mark.parametrize(("bucket", "fits"), [(2048, True), (2049, False)])
