@@ -1,14 +1,14 @@
 """NCCL's own calls, in the library that torch loaded: a group of messages is posted in microseconds.
 
 Torch's groups keep a record, a watchdog and several events for each of theirs, which takes the host longer than NCCL
-itself. Functions and structures are those of nccl.h since NCCL 2.17.
+itself. Functions are those of nccl.h since NCCL 2.13.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from functools import cache
 from typing import Any
 
@@ -17,9 +17,6 @@ from nemo_rl.refit.transports.lanes import Post
 LIBRARY = "libnccl.so.2"
 _UINT8 = 1
 _IN_PROGRESS = 7
-_UNDEFINED = -(1 << 31)
-_ABI = 21700  # of the structure below
-_MAGIC = 0xCAFEBEEF
 _NO_LOAD = 4  # RTLD_NOLOAD: what torch loaded, and nothing else
 
 
@@ -33,22 +30,9 @@ class UniqueId(ctypes.Structure):
     _fields_ = (("data", ctypes.c_char * 128),)
 
 
-class _Config(ctypes.Structure):
-    _fields_ = (
-        ("size", c_size_t),
-        ("magic", c_uint),
-        ("version", c_uint),
-        ("blocking", c_int),
-        ("cga_cluster_size", c_int),
-        ("min_ctas", c_int),
-        ("max_ctas", c_int),
-        ("net_name", c_char_p),
-    )
-
-
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "ncclGetUniqueId": (POINTER(UniqueId),),
-    "ncclCommInitRankConfig": (POINTER(c_void_p), c_int, UniqueId, c_int, POINTER(_Config)),
+    "ncclCommInitRank": (POINTER(c_void_p), c_int, UniqueId, c_int),
     "ncclGroupStart": (),
     "ncclGroupEnd": (),
     "ncclSend": (c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
@@ -112,18 +96,14 @@ class Communicator:
 
     Args:
         unique: what `unique_id` gave to one of them.
-        ctas: programs of a kernel, at least and at most; NCCL's own choice where it is None.
 
     Raises:
         NcclError: it cannot be made.
     """
 
-    def __init__(self, unique: bytes, rank: int, size: int, ctas: tuple[int, int] | None = None) -> None:
+    def __init__(self, unique: bytes, rank: int, size: int) -> None:
         self._calls, self._handle = calls(), c_void_p()
-        least, most = ctas or (_UNDEFINED, _UNDEFINED)
-        config = _Config(ctypes.sizeof(_Config), _MAGIC, _ABI, 1, _UNDEFINED, least, most, None)
-        key = UniqueId.from_buffer_copy(unique)
-        self._calls("ncclCommInitRankConfig", byref(self._handle), size, key, rank, byref(config))
+        self._calls("ncclCommInitRank", byref(self._handle), size, UniqueId.from_buffer_copy(unique), rank)
 
     def exchange(self, sends: Sequence[Post], recvs: Sequence[Post], stream: int) -> None:
         """One group on `stream`; messages between two ranks match in their order. Raises NcclError."""

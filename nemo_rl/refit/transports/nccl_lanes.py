@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 PACK_PROGRAMS = 64
 """Programs that pack or spread a parcel: enough to be ahead of the wire, few enough to leave it its bandwidth."""
 
-CTAS: tuple[int, int] | None = None
-"""Programs of a lane's kernels, at least and at most; NCCL's own choice where it is None."""
-
 _LOOK_S = 1e-3  # between looks for a peer that is about to connect
 _LEAST_S = 1.0  # for NCCL to connect peers that are there
 _CHECK_S = 0.1  # between looks for connections that broke
@@ -85,7 +82,7 @@ class NcclLanes:
         def make() -> None:
             with torch.cuda.device(self._device):
                 for key in keys:
-                    self._comms.append(Communicator(bytes(self._store.get(key)), self._rank, size, CTAS))
+                    self._comms.append(Communicator(bytes(self._store.get(key)), self._rank, size))
 
         within(max(end - time.monotonic(), 0.0), make, what)
 
