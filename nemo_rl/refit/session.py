@@ -334,7 +334,7 @@ class RefitSession:
         self._link.control.settle("commit", str(version))
         if self._landing is not None:
             self._landing.commit(version)
-        self._link.control.settle("committed", str(version))
+        self._link.control.settle("commit", f"{version} by all")
         self._version, self._touched = version, False
 
     def _report(
