@@ -325,10 +325,7 @@ class RefitSession:
             self._fail(RefitError(said, rank=self.rank, phase="commit", remedy="remake the session before a refit"))
 
     def _commit(self, version: int) -> None:
-        """All ranks finish, one decision for all, all commit; a rank returns only when every rank has committed.
-
-        That all have is a decision too: who comes too late hears that others gave up, and refuses as they do.
-        """
+        """All ranks finish, decide as one, commit, and decide that all have: who is late refuses as all others do."""
         if self._landing is not None:
             self._landing.finish()
         self._link.control.settle("commit", str(version))

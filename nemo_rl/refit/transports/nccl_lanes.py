@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -180,6 +181,10 @@ class NcclLanes:
         """
         comms, self._comms = self._comms, []
         busy = set(self._connecting)
-        abort_together([comm.abort for lane, comm in enumerate(comms) if lane not in busy])
+        abort_together([partial(self._abort, comm) for lane, comm in enumerate(comms) if lane not in busy])
         if comms and busy:
             log.error("lanes %s still connect to a peer that died; their communicators are not freed", sorted(busy))
+
+    def _abort(self, comm: Communicator) -> None:
+        with torch.cuda.device(self._device):  # threads begin on the first GPU: NCCL would leave a context there
+            comm.abort()

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -168,6 +168,29 @@ def test_a_communicator_is_not_aborted_under_the_thread_that_connects_it(
     lanes.exchange(0, [FAR], [])
     lanes.close()
     assert comm.aborted.is_set()
+
+
+def test_communicators_are_aborted_on_their_own_gpu(
+    lanes_of: Callable[..., NcclLanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a thread, which begins on the first GPU."""
+    on: list[tuple[str, torch.device]] = []
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        on.append((threading.current_thread().name, chosen))
+        yield
+        on.pop()
+
+    class Placed(Comm):
+        def abort(self) -> None:
+            assert on == [("abort", torch.device("cpu"))]
+            super().abort()
+
+    lanes = lanes_of(dist.HashStore(), comm := Placed(set()))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    lanes.close()
+    assert comm.aborted.is_set() and not on
 
 
 def test_a_first_rank_that_does_not_come_is_a_timeout(lanes_of: Callable[..., NcclLanes]) -> None:
