@@ -178,6 +178,8 @@ class Board:
                 check = now + _CHECK_S
             if now > end:
                 lane, late = next(((n, late) for n, v in awaited.items() if (late := self._late(v, n))), (0, {}))
+                if not late and done():  # they came between the two looks
+                    return
                 self._give_up("waited until the deadline for", late, phase, lane)
             if now < eager:
                 os.sched_yield()
@@ -373,7 +375,7 @@ class Board:
             f"{world.describe(rank)}, which said {self.seen(rank, lane)} of {value}" for rank, value in late.items()
         )
         raise TransferError(
-            f"{what} {names}",
+            f"{what} {names or 'what this rank does itself'}",
             rank=self._control.rank,
             phase=phase,
             remedy="look at those ranks' logs: they died, hang, or never called this refit; remake the session",

@@ -183,6 +183,15 @@ def test_who_is_late_in_one_question_finds_what_the_others_decided_of_the_next()
     assert boards[late].decide(second, "yes", "committed") == "no: late"
 
 
+def test_who_comes_at_the_deadline_itself_came():
+    """Between the look that finds them missing and the one that names them; a rank's own work is named as such."""
+    members, _ = boarded()
+    board, late = members[0].board, iter([False, True])
+    board.until(lambda: next(late), {0: {1: 0}}, "begin", time.monotonic() - 1)
+    with pytest.raises(TransferError, match="waited until the deadline for what this rank does itself"):
+        board.until(lambda: False, {0: {1: 0}}, "transfer", time.monotonic() - 1)
+
+
 def test_a_rank_that_loses_the_store_before_a_decision_decides_against_it():
     """Where ranks have a board, which says so to those that still meet."""
     members, _ = boarded()
