@@ -111,14 +111,26 @@ class Control:
         """All ranks come here, each with as many words (signed, 64 bits): what each brought, by rank.
 
         A board has room for `MOST_WORDS` of them. `meanwhile` is called once: where there is a board, others know by
-        then that this rank came. Raises as `gather`.
+        then that this rank came. Raises as `gather`, also where all came but this rank heard of it too late, because
+        its process was stopped: others may have given up on it.
         """
+        started = time.monotonic()
         if self.board is not None:
-            return self.board.meet(phase, words, meanwhile)
-        meanwhile()
-        packed = struct.Struct(f"{len(words)}q")
-        told = self.gather(phase, packed.pack(*words))
-        return [packed.unpack(told[rank]) for rank in range(self.world.size)]
+            told = self.board.meet(phase, words, meanwhile)
+        else:
+            meanwhile()
+            packed = struct.Struct(f"{len(words)}q")
+            said = self.gather(phase, packed.pack(*words))
+            told = [packed.unpack(said[rank]) for rank in range(self.world.size)]
+        if (took := time.monotonic() - started) > self.deadline_s:
+            raise TransferError(
+                f"all ranks came, but a meeting took {took:.1f} s on this one: others may have given up on it at "
+                f"{self.deadline_s:g} s",
+                rank=self.rank,
+                phase=phase,
+                remedy="see why its process stood still; remake the session",
+            )
+        return told
 
     def exchange(
         self,

@@ -36,6 +36,7 @@ class Carrier:
         self._movers = {taker: schedule.movers_to(taker) for taker in schedule.num_steps}
         self._forwarders = {b.giver for b in self._mine} & schedule.forwarders
         self._refits = 0
+        self._end = 0.0
         self._waiting: deque[int] = deque()
         self._running: deque[tuple[int, Done]] = deque()
         self._movers_of = [
@@ -66,6 +67,7 @@ class Carrier:
             TransferError: a rank ended or did not move its part in time, by name.
             RefitError: another rank reported a failure; its text.
         """
+        self._end = end
         self._waiting, self._left, self._counted = deque(range(len(self._mine))), [*range(len(self._movers_of))], {}
         for taker, step in self._begins:
             self._board.post(self._first(taker) + step, taker)
@@ -104,8 +106,11 @@ class Carrier:
         return not self._waiting and len(self._running) <= 1 and len(self._left) <= 1
 
     def _start(self, starts: Sequence[Callable[[], None]], mark: Callable[[], Done], idle: Callable[[], None]) -> None:
-        """Whatever the givers of the next batches have; batches keep their order."""
-        while self._waiting and len(self._running) < _MOST_RUNNING:
+        """Whatever the givers of the next batches have; batches keep their order.
+
+        Nothing behind the deadline: a process that was stopped must not write into engines that others gave up.
+        """
+        while self._waiting and len(self._running) < _MOST_RUNNING and time.monotonic() < self._end:
             number = self._waiting[0]
             batch = self._mine[number]
             if batch.giver in self._forwarders and self._seen(batch.giver) <= batch.step:

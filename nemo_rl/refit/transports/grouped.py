@@ -121,20 +121,21 @@ class Grouped:
             self._parts.clear()
         # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
         with self._lanes.ahead() if tracker is None else nullcontext(nullcontext) as aside:
-            posted = self._run(self._groups, copies, tracker, end, aside)
-        self._finish(posted, copies, end)
+            serve = self._meanwhile(aside)
+            posted = self._run(self._groups, copies, tracker, end, serve)
+            self._finish(posted, copies, end, serve)
         return Traffic(*self._wire_bytes, self._out.staging_bytes + self._in.staging_bytes)
 
     def _run(
-        self, groups: Sequence[Sequence[Parcel]], copies: CopyTable, tracker: Tracker | None, end: float, aside: Aside
+        self,
+        groups: Sequence[Sequence[Parcel]],
+        copies: CopyTable,
+        tracker: Tracker | None,
+        end: float,
+        serve: Callable[[], None],
     ) -> list[_Posted]:
         posted: list[_Posted] = []
-        settled, look = 0, self._meanwhile()
-
-        def serve() -> None:
-            with aside():
-                look()
-
+        settled = 0
         for number, group in enumerate(groups):
             free = self._free_before(number)
             for earlier in range(settled, free):
@@ -328,9 +329,9 @@ class Grouped:
 
     # ---- the end
 
-    def _finish(self, posted: Sequence[_Posted], copies: CopyTable, end: float) -> None:
+    def _finish(self, posted: Sequence[_Posted], copies: CopyTable, end: float, serve: Callable[[], None]) -> None:
         try:
-            self._lanes.finish(end, self._meanwhile())
+            self._lanes.finish(end, serve)
         except RefitError:
             raise
         except (TimeoutError, RuntimeError) as error:
@@ -339,13 +340,17 @@ class Grouped:
                 late, copies, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were"
             ) from error
 
-    def _meanwhile(self) -> Callable[[], None]:
-        """What this rank does while it waits: what others asked it to, and a look at who failed, ten times a second."""
+    def _meanwhile(self, aside: Aside) -> Callable[[], None]:
+        """What this rank does while it waits: what others asked it to, and a look at who failed, ten times a second.
+
+        Others' work is started `aside`: behind the transfer, it would begin when that has ended.
+        """
         control, looked = self._setting.control, time.monotonic()
 
         def look() -> None:
             nonlocal looked
-            control.idle()
+            with aside():
+                control.idle()
             if time.monotonic() > looked + _LOOK_S:
                 control.raise_if_aborted("transfer")
                 looked = time.monotonic()

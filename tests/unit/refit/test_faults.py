@@ -155,6 +155,32 @@ def test_a_slow_commit_is_no_success_of_the_slow_rank(meets, monkeypatch):
     nobody_committed(sim.refit(1), landings)
 
 
+@pytest.mark.parametrize("meets", ["board", "store"])
+def test_a_rank_that_stood_still_while_all_came_moves_nothing(meets, monkeypatch):
+    """Others gave up on it, and their engines may have been given to another session."""
+    if meets == "store":
+        monkeypatch.setattr(Board, "open", lambda *_, **__: None)
+    sim, _, landings, _ = pair(PlainLanding, options=RefitOptions(deadline_s=1))
+    before = [[t.clone() for t in landing.storage] for landing in landings]
+    for session in sim.sessions[:2]:
+        control = session._link.control
+        where, name = (control, "gather") if control.board is None else (control.board, "meet")
+
+        inner = getattr(where, name)
+
+        def stopped(phase, *args, inner=inner):
+            told = inner(phase, *args)
+            time.sleep(1.5 if phase == "begin" else 0)
+            return told
+
+        setattr(where, name, stopped)
+    results = sim.refit(1)
+    nobody_committed(results, landings)
+    assert all("all ranks came, but a meeting took 1.5 s" in str(results[rank]) for rank in range(2))
+    for landing, held in zip(landings, before, strict=True):
+        assert all(same_bytes(a, b) for a, b in zip(landing.storage, held, strict=True))
+
+
 @pytest.mark.parametrize("hook", ["begin", "open", "close", "finish"])
 def test_a_hook_that_fails_rejects_everywhere_and_soon(hook):
     def fail(self, *args):

@@ -182,6 +182,23 @@ def test_a_forwarder_that_is_late_holds_up_who_takes_from_it():
     assert started == [0, 1]
 
 
+def test_nothing_is_started_behind_the_deadline():
+    """A process that was stopped, and goes on, does not write into engines that others gave up."""
+    _, _, _, schedule = schedules(True, 1, 1, 1, 1)
+    counters, started = Counters(), []
+    count, end = len(schedule.moved_by(0)), time.monotonic() + 0.3
+    assert count > 2
+
+    def start(number):
+        started.append(number)
+        time.sleep(0.4 if number == 1 else 0)
+
+    starts = [lambda n=n: start(n) for n in range(count)]
+    with pytest.raises(TimeoutError):
+        Carrier(counters.of(0), schedule, 0).run(starts, lambda: lambda: True, lambda step: None, lambda: None, end)
+    assert started == [0, 1]
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 def test_the_link_has_enough_to_do_before_a_rank_does_something_else(at_once):
     """Where starting a batch moves it, there is time for that between two of them."""
