@@ -21,7 +21,7 @@ PARCEL_BYTES = 256 << 20
 PACKED_BYTES = 128 << 20
 """Of those of a parcel that are packed at an end."""
 
-LEAST_IN_PLACE = 1 << 20
+LEAST_IN_PLACE = 2 << 20
 """Bytes of a contiguous range from which on it is worth a transfer of its own, which costs more than a copy."""
 
 LEAST_BYTES = 64 << 20

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -20,22 +20,30 @@ from nemo_rl.refit.store import Client
 WORLD = World.of(1, 1)
 
 
+HOSTS = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=9), wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def process():
+    """A process that hosts a store, and the store's port."""
+    with subprocess.Popen([sys.executable, "-c", HOSTS], stdout=subprocess.PIPE, text=True) as process:
+        yield int(process.stdout.readline()), process
+        process.kill()
+
+
 @pytest.fixture
-def host():
+def host(process):
     """(port, process) of a store that another process hosts."""
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if not pid:
-        with contextlib.suppress(BaseException):
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=9), wait_for_workers=False)
-            os.write(writes, str(store.port).encode())
-            time.sleep(60)
-        os._exit(0)
-    yield int(os.read(reads, 9)), pid
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(reads)
-    os.close(writes)
+    port, hosts = process
+    yield port, hosts.pid
+    hosts.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize("given", [False, True])
