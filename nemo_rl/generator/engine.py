@@ -288,9 +288,26 @@ class VllmEngine:
                 return
             llm, self._llm = self._llm, None
             self._stepper.close()
+            contexts = socket_contexts(llm)  # the engine forgets them
             llm.llm_engine.engine_core.shutdown()
+            for context in contexts:
+                context.destroy(linger=0)
         for path in self._shared_files:
             Path(path).unlink(missing_ok=True)
+
+
+def socket_contexts(llm: Any) -> list[Any]:
+    """ZeroMQ's, of the queues between an engine and its worker processes.
+
+    One that Python collects while its sockets are open waits for them without end, if they are collected with it.
+    """
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    executor = llm.llm_engine.model_executor
+    if not isinstance(executor, MultiprocExecutor):
+        return []
+    queues = [executor.rpc_broadcast_mq, *executor.response_mqs]
+    return [s.context for queue in queues for s in (queue.local_socket, queue.remote_socket) if s is not None]
 
 
 def _make_llm(config: GeneratorConfig) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_rl.generator.engine import VllmEngine
+from nemo_rl.generator.engine import VllmEngine, socket_contexts
 from nemo_rl.generator.options import GeneratorConfig, worker_env
 from nemo_rl.refit.base import RefitOptions, World
 from nemo_rl.refit.errors import RefitError
@@ -140,9 +140,11 @@ def with_engine(path: str, kind: Kind, precision: Any, tp: int, call: Callable[[
     try:
         return call(engine)
     finally:
-        files = engine.shared_files
+        files, contexts = engine.shared_files, socket_contexts(engine._llm)
         engine.close()
         assert not [f for f in files if Path(f).exists()], "shared memory is left behind"
+        assert len(contexts) > tp if tp > 1 else not contexts, "a queue to the workers, and one from each"
+        assert all(context.closed for context in contexts), "Python would wait for them when it collects them"
 
 
 def observe(engine: VllmEngine) -> tuple[list[Any], list[dict[str, torch.Tensor]]]:
