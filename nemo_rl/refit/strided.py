@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -133,13 +133,21 @@ class Jobs:
         return {form: np.array(numbers, np.int64) for form, numbers in groups.items()}
 
 
+def offsets_of(axes: Iterable[Axis]) -> np.ndarray:
+    """int64 (n, 2): bytes at the source and at the destination from the first index of `axes` to each, the last axis
+    the fastest."""
+    offsets = np.zeros((1, 2), np.int64)
+    for axis in axes:
+        steps = np.arange(axis.size, dtype=np.int64)[:, None] * np.array([axis.src, axis.dst], np.int64)
+        offsets = (offsets[:, None] + steps).reshape(-1, 2)
+    return offsets
+
+
 def _all_runs(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     """Address of the first byte, at the source, and bytes of every run."""
     starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for form, numbers in jobs.grouped().items():
-        found = jobs.src[numbers]
-        for axis in form.axes:
-            found = (found[:, None] + np.arange(axis.size) * axis.src).reshape(-1)
+        found = (jobs.src[numbers][:, None] + offsets_of(form.axes)[:, 0]).reshape(-1)
         starts.append(found)
         lengths.append(np.full(len(found), form.run))
     return np.concatenate(starts), np.concatenate(lengths)

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from nemo_rl.refit.strided import MAX_PITCH, Axis, Form, Jobs, merged
+from nemo_rl.refit.strided import MAX_PITCH, Axis, Form, Jobs, merged, offsets_of
 
 _ENGINE, _KERNEL = 395e9, 371e9  # bytes a second between GPUs
 _CALL_S = 3.5e-6  # of a copy in a call of its own, beside its bytes
@@ -212,11 +212,8 @@ def _fastest(form: Form, num_blocks: int, batched: bool) -> Way:
 
 def _pieces(src: int, dst: int, form: Form) -> np.ndarray:
     """int64 (n, 3): destination, source and size of every run."""
-    starts = np.array([[dst, src]], np.int64)
-    for axis in form.axes:
-        steps = np.arange(axis.size, dtype=np.int64)[:, None] * np.array([axis.dst, axis.src], np.int64)
-        starts = (starts[:, None] + steps).reshape(-1, 2)
-    return np.column_stack([starts, np.full(len(starts), form.run, np.int64)])
+    offsets = offsets_of(form.axes)
+    return np.column_stack([dst + offsets[:, 1], src + offsets[:, 0], np.full(len(offsets), form.run, np.int64)])
 
 
 def _blocks(src: int, dst: int, form: Form) -> Iterator[Block]:
@@ -226,11 +223,7 @@ def _blocks(src: int, dst: int, form: Form) -> Iterator[Block]:
     alone = [(row, Axis(1, row.size * row.src, row.size * row.dst)) for row in [*rows, flat]]
     pairs = [(row, plane) for row in rows for plane in form.axes if plane is not row and _over(row, plane)]
     row, plane = max(alone + pairs, key=lambda pair: pair[0].size * pair[1].size)
-    rest = [a for a in form.axes if a is not row and a is not plane]
-    offsets = np.zeros((1, 2), np.int64)
-    for a in rest:
-        steps = np.arange(a.size, dtype=np.int64)[:, None] * np.array([a.src, a.dst], np.int64)
-        offsets = (offsets[:, None] + steps).reshape(-1, 2)
+    offsets = offsets_of(a for a in form.axes if a is not row and a is not plane)
     dst_height, src_height = plane.dst // row.dst, plane.src // row.src
     for s, d in offsets.tolist():
         yield Block(dst + d, row.dst, dst_height, src + s, row.src, src_height, form.run, row.size, plane.size)

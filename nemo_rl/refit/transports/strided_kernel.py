@@ -6,7 +6,6 @@ each. Addresses may be those of another GPU.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nemo_rl.refit.repeated import Repeated
-from nemo_rl.refit.strided import Axis, Form, Jobs
+from nemo_rl.refit.strided import Axis, Form, Jobs, offsets_of
 
 _SHAPES = ((512, 8), (128, 32), (32, 128), (4, 1024))  # rows and columns of a tile, for few and for many columns
 _WIDE = _SHAPES[-1][1]
@@ -78,10 +77,8 @@ def _planes(src: int, dst: int, form: Form, item: int) -> Iterator[tuple[int, ..
         if not col.size:
             return
     strides = (row.size, row.src // item, row.dst // item, col.size, col.src // item, col.dst // item)
-    for index in itertools.product(*(range(a.size) for a in outer)):
-        there = src + sum(i * a.src for i, a in zip(index, outer, strict=True))
-        here = dst + sum(i * a.dst for i, a in zip(index, outer, strict=True))
-        yield (there, here, *strides)
+    for there, here in offsets_of(outer).tolist():
+        yield (src + there, dst + here, *strides)
 
 
 def _tiles(planes: np.ndarray, rows: int, cols: int) -> np.ndarray:
