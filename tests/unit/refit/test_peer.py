@@ -403,18 +403,13 @@ def test_batches_that_ran_before_are_looked_at_as_soon_as_they_landed(puts, monk
     assert seen == [False, True, True, False, True, False, True]
 
 
-@pytest.mark.parametrize("puts", [False, True])
-@pytest.mark.parametrize("when", ["before", "between", "after"])
-def test_a_source_that_changes_during_the_transfer(when, puts, monkeypatch):
-    """An optimizer step that races the refit; whatever lands is of one version, or the version is refused."""
-    monkeypatch.setattr(HostMemory, "puts", puts)
-    sim, landing = two_trainers()
-    raise_any(sim.refit(0))
-    movers, changed = [s._agreed.mover for s in sim.sessions], []
-    memory = movers[0 if puts else 2]._memory
+def race(sim, puts, when, monkeypatch):
+    """Trainer 0's weights change once: before, between or after steps of what moves them, and nobody looks a second
+    time before that. Returns what is no longer empty when they did."""
+    memory, changed = sim.sessions[0 if puts else 2]._agreed.mover._memory, []
     name = "_write_all" if puts else "_read_all"
-    inner, count = getattr(memory, name), iter(range(99))
-    due = {"before": 0, "between": 0 if puts else 1, "after": 0 if puts else 1}[when]
+    inner, count, watch = getattr(memory, name), iter(range(99)), Watch.step
+    due = 0 if puts or when == "before" else 1
 
     def racing(pid, jobs):
         step = next(count) == due
@@ -429,10 +424,19 @@ def test_a_source_that_changes_during_the_transfer(when, puts, monkeypatch):
             holding.view.view(torch.int32).add_(1)
         changed.append(when)
 
-    # No second look before the bytes went: this is the case in which the looks are far apart.
-    watch = Watch.step
     monkeypatch.setattr(Watch, "step", lambda self: watch(self) if changed else None)
     setattr(memory, name, racing)
+    return changed
+
+
+@pytest.mark.parametrize("puts", [False, True])
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_a_source_that_changes_during_the_transfer(when, puts, monkeypatch):
+    """An optimizer step that races the refit; whatever lands is of one version, or the version is refused."""
+    monkeypatch.setattr(HostMemory, "puts", puts)
+    sim, landing = two_trainers()
+    raise_any(sim.refit(0))
+    changed = race(sim, puts, when, monkeypatch)  # in which the looks are far apart
     raise_any(sim.all(lambda s: s.prepare(1)))  # looks for the first time
     results = sim.refit(1)
     assert len(changed) == 1
@@ -449,27 +453,7 @@ def test_a_source_that_changes_before_its_first_look(when, puts, monkeypatch):
     monkeypatch.setattr(HostMemory, "puts", puts)
     sim, landing = two_trainers()
     raise_any(sim.refit(0))
-    memory = sim.sessions[0 if puts else 2]._agreed.mover._memory
-    name = "_write_all" if puts else "_read_all"
-    inner, count, changed = getattr(memory, name), iter(range(99)), []
-    due = 0 if puts or when == "before" else 1
-
-    def racing(pid, jobs):
-        step = next(count) == due
-        if step and when != "after":
-            change()
-        inner(pid, jobs)
-        if step and when == "after":
-            change()
-
-    def change():
-        for holding in sim.sessions[0]._source.held:
-            holding.view.view(torch.int32).add_(1)
-        changed.append(when)
-
-    watch = Watch.step
-    monkeypatch.setattr(Watch, "step", lambda self: watch(self) if changed else None)
-    setattr(memory, name, racing)
+    changed = race(sim, puts, when, monkeypatch)
     results = sim.refit(1)
     assert len(changed) == 1
     if when == "before":
