@@ -18,7 +18,7 @@ from nemo_rl.grpo.data import TASKS, Task
 from nemo_rl.grpo.warmup import KINDS, start_model_config
 from nemo_rl.refit.base import LONGEST_S, MEASURE_LINKS, MOST_STREAMS
 from nemo_rl.refit.device import MULTICAST_OFF
-from nemo_rl.refit.transports.grouped import STAGING_BYTES
+from nemo_rl.refit.transports.grouped import longest_message
 from nemo_rl.refit.transports.registry import OF_PARCELS
 from nemo_rl.schema import Config
 from nemo_rl.topology import Topology, device_of, gpus_here, parallel_of, parallel_sizes, topology_of
@@ -133,8 +133,26 @@ def _choices(config: Config) -> Iterator[str]:
 
 
 def _numbers(config: Config) -> Iterator[str]:
-    policy, grpo, loss, cluster = config.policy, config.grpo, config.loss_fn, config.cluster
-    positive: dict[str, float] = {
+    vllm, cap = config.policy.generation.vllm_cfg, config.loss_fn.truncated_importance_sampling_ratio
+    for key, value in _positive(config).items():
+        if value <= 0:
+            yield f"{key}={value}: must be above 0"
+    for key, (value, most) in _at_most(config).items():
+        if value > most:
+            yield f"{key}={value}: must be at most {most:.9g}"
+    for key, (value, least) in _at_least(config).items():
+        if value < least:
+            yield f"{key}={value}: must be at least {least}"
+    if cap is not None and cap <= 0:
+        yield f"loss_fn.truncated_importance_sampling_ratio={cap}: must be above 0, or null for no cap"
+    if vllm.gpu_memory_utilization > 1:
+        yield "policy.generation.vllm_cfg.gpu_memory_utilization: is a share of a GPU's memory; give at most 1"
+
+
+def _positive(config: Config) -> dict[str, float]:
+    """What must be above 0."""
+    policy, grpo, cluster = config.policy, config.grpo, config.cluster
+    found: dict[str, float] = {
         "policy.train_global_batch_size": policy.train_global_batch_size,
         "policy.train_micro_batch_size": policy.train_micro_batch_size,
         "policy.logprob_batch_size": policy.logprob_batch_size,
@@ -153,7 +171,16 @@ def _numbers(config: Config) -> Iterator[str]:
         "grpo.max_gen_kl_error": grpo.max_gen_kl_error,
         "cluster.start_deadline_s": cluster.start_deadline_s,
     }
-    at_least: dict[str, tuple[float, float]] = {
+    if policy.generation.vllm_cfg.kv_cache_memory_bytes is not None:
+        key = "policy.generation.vllm_cfg.kv_cache_memory_bytes"
+        found[key] = policy.generation.vllm_cfg.kv_cache_memory_bytes
+    return found
+
+
+def _at_least(config: Config) -> dict[str, tuple[float, float]]:
+    """What must be no less than a bound."""
+    policy, grpo, loss, cluster = config.policy, config.grpo, config.loss_fn, config.cluster
+    return {
         "policy.refit.bucket_bytes": (policy.refit.bucket_bytes, 1024),
         "policy.megatron_cfg.moe_router_bias_update_rate": (policy.megatron_cfg.moe_router_bias_update_rate, 0),
         "policy.megatron_cfg.optimizer.min_lr": (policy.megatron_cfg.optimizer.min_lr, 0),
@@ -165,29 +192,18 @@ def _numbers(config: Config) -> Iterator[str]:
         "loss_fn.ratio_clip_max": (loss.ratio_clip_max, 0),
         "cluster.object_store_bytes": (cluster.object_store_bytes, 80 << 20),
     }
-    if policy.generation.vllm_cfg.kv_cache_memory_bytes is not None:
-        key = "policy.generation.vllm_cfg.kv_cache_memory_bytes"
-        positive[key] = policy.generation.vllm_cfg.kv_cache_memory_bytes
-    at_most: dict[str, tuple[float, float]] = {
-        "policy.refit.num_streams": (policy.refit.num_streams, MOST_STREAMS),
-        "policy.refit.deadline_s": (policy.refit.deadline_s, LONGEST_S),
+
+
+def _at_most(config: Config) -> dict[str, tuple[float, float]]:
+    """What must be no more than a bound."""
+    refit = config.policy.refit
+    found: dict[str, tuple[float, float]] = {
+        "policy.refit.num_streams": (refit.num_streams, MOST_STREAMS),
+        "policy.refit.deadline_s": (refit.deadline_s, LONGEST_S),
     }
-    if policy.refit.transport in OF_PARCELS:
-        at_most["policy.refit.bucket_bytes"] = (policy.refit.bucket_bytes, STAGING_BYTES // 2)
-    for key, value in positive.items():
-        if value <= 0:
-            yield f"{key}={value}: must be above 0"
-    for key, (value, most) in at_most.items():
-        if value > most:
-            yield f"{key}={value}: must be at most {most:.9g}"
-    for key, (value, least) in at_least.items():
-        if value < least:
-            yield f"{key}={value}: must be at least {least}"
-    cap = loss.truncated_importance_sampling_ratio
-    if cap is not None and cap <= 0:
-        yield f"loss_fn.truncated_importance_sampling_ratio={cap}: must be above 0, or null for no cap"
-    if policy.generation.vllm_cfg.gpu_memory_utilization > 1:
-        yield "policy.generation.vllm_cfg.gpu_memory_utilization: is a share of a GPU's memory; give at most 1"
+    if refit.transport in OF_PARCELS:
+        found["policy.refit.bucket_bytes"] = (refit.bucket_bytes, longest_message(shared=False))
+    return found
 
 
 def _batches(config: Config, topology: Topology) -> Iterator[str]:

@@ -53,6 +53,16 @@ MOST_RUNNING = 128
 _LOOK_S = 0.1
 
 
+def staging_bytes(shared: bool) -> int:
+    """Of the slots of one direction; where any rank has both (`shared`), each of them has half."""
+    return STAGING_BYTES // (2 if shared else 1)
+
+
+def longest_message(shared: bool) -> int:
+    """Bytes; two of them have to fit into the slots of one direction."""
+    return staging_bytes(shared) // 2
+
+
 @dataclass(frozen=True, eq=False)
 class _Posted:
     """A group that was posted, and what still has to be done with it."""
@@ -225,8 +235,7 @@ class Grouped:
 
     @property
     def _staging_bytes(self) -> int:
-        """Of a direction; where any rank has both, each of them has half."""
-        return STAGING_BYTES // (2 if self._world.shared else 1)
+        return staging_bytes(bool(self._world.shared))
 
     def _fit(self, copies: CopyTable, groups: Sequence[Sequence[Parcel]], tracker: Tracker | None) -> None:
         away = [(n, parcel) for n, group in enumerate(groups) for parcel in group if parcel.src_rank != parcel.dst_rank]

@@ -19,11 +19,11 @@ from nemo_rl.refit.cost import Demand, Links
 from nemo_rl.refit.errors import TransferError
 from nemo_rl.refit.pipeline import Pipeline
 from nemo_rl.refit.relay import relay_of
-from nemo_rl.refit.transports import grouped, m2n, mapped, nccl_calls, peer
+from nemo_rl.refit.transports import m2n, mapped, nccl_calls, peer
 from nemo_rl.refit.transports.base import Channel
 from nemo_rl.refit.transports.gloo import GlooChannel
 from nemo_rl.refit.transports.golden import Golden
-from nemo_rl.refit.transports.grouped import STAGING_BYTES, Grouped
+from nemo_rl.refit.transports.grouped import STAGING_BYTES, Grouped, longest_message
 from nemo_rl.refit.transports.hardware import gpu_of, hardware_of
 from nemo_rl.refit.transports.lanes import HostLanes, Lanes, num_lanes
 from nemo_rl.refit.transports.mover import Fact, Facts, Setting, Transport
@@ -129,8 +129,8 @@ def share_facts(control: Control, fact: Fact) -> Facts:
 
 
 def _too_long(options: RefitOptions, world: World) -> str | None:
-    """Why messages do not fit into slots, of which each direction of a rank has two; None where they do."""
-    most = grouped.STAGING_BYTES // (4 if world.shared else 2)
+    """Why messages do not fit into slots; None where they do."""
+    most = longest_message(bool(world.shared))
     if options.bucket_bytes <= most:
         return None
     return f"bucket_bytes={options.bucket_bytes}, but slots take messages of {most} bytes at most"
