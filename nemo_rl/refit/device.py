@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ NVLink multicast needs a fabric manager that containers often lack, and can take
 _CLOSELY_S = 2e-4
 """For so long waits look without a pause: a sleep takes longer than what is about to end."""
 
-_SIDE: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of `beside`
+_SIDE: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of `aside` and `follow`
 _ALL: dict[torch.device, tuple[torch.cuda.Event, Any, Any]] = {}  # of `await_rest`: with handles of context and event
 
 
@@ -111,22 +111,26 @@ def _behind_all(device: torch.device) -> torch.cuda.Event | None:
     return event if int(error) == 0 else None
 
 
-@contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """What starts inside runs behind what the current stream of `device` was given, beside what it is given next."""
-    if device.type != "cuda":
-        yield
-        return
-    if device not in _SIDE:
-        _SIDE[device] = torch.cuda.Stream(device), torch.cuda.Event()
-    side, before = _SIDE[device]
-    before.record(torch.cuda.current_stream(device))
-    side.wait_event(before)
-    with torch.cuda.stream(side):
-        yield
+def aside(device: torch.device) -> AbstractContextManager[object]:
+    """What starts inside runs beside all streams of `device`, behind what was started aside before."""
+    return torch.cuda.stream(_side(device)[0]) if device.type == "cuda" else nullcontext()
+
+
+def follow(device: torch.device) -> None:
+    """What is started `aside` from now on runs behind what the current stream of `device` was given."""
+    if device.type == "cuda":
+        side, before = _side(device)
+        before.record(torch.cuda.current_stream(device))
+        side.wait_event(before)
 
 
 def rejoin(device: torch.device) -> None:
-    """What the current stream of `device` is given next runs behind all that was started `beside` it."""
+    """What the current stream of `device` is given next runs behind all that was started `aside`."""
     if device in _SIDE:
         torch.cuda.current_stream(device).wait_stream(_SIDE[device][0])
+
+
+def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
+    if device not in _SIDE:
+        _SIDE[device] = torch.cuda.Stream(device), torch.cuda.Event()
+    return _SIDE[device]

@@ -13,7 +13,7 @@ from nemo_rl.refit.agreed import Agreed, agree_on
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, agree_still, share_declarations, share_sources
-from nemo_rl.refit.device import await_rest, finish, one_device
+from nemo_rl.refit.device import await_rest, finish, follow, one_device
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError
 from nemo_rl.refit.layout import Holding, Layout, SourceViews, departure
@@ -166,6 +166,7 @@ class RefitSession:
             if self._source is not None:
                 rest.append(await_rest(self._device))
                 self._find_source(self._source)
+                follow(self._device)  # looks do
 
         with self._guarded("agree"):
             self._check_version(version)
@@ -274,7 +275,7 @@ class RefitSession:
         if verifier is None:
             return None
         watch = Watch(verifier, control, None if self._source is None else self._holdings, first)
-        if not self._agreed.choice.transport.one_sided:  # messages keep this rank busy; elsewhere copies go first
+        if not self._agreed.choice.transport.idles:  # elsewhere the first bytes are on their way before it looks
             watch.look()
         control.rest(watch.step)
         return watch

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nemo_rl.refit.boxes import Boxes, overlaps
-from nemo_rl.refit.device import beside
+from nemo_rl.refit.device import aside
 from nemo_rl.refit.digest import Ledger, Piece, Pieces
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.plan import CopyTable, RefitPlan
@@ -156,11 +156,10 @@ class Verifier:
         return Region(tuple(shared.offsets[index, :ndim].tolist()), tuple(shared.sizes[index, :ndim].tolist()))
 
     def look(self, holdings: Sequence[Holding]) -> Ledger:
-        """Start to digest all that this rank sends or holds like another row, and to bring it to the host, beside other
-        work of the device."""
+        """Start to digest all that this rank sends or holds like another row, and to bring it to the host, aside."""
         if self._looked is None or self._looked[0] is not holdings:
             self._looked = holdings, {row: holdings[row].view for row, _ in self._pieces}
-        with beside(self._device):
+        with aside(self._device):
             ledger = self._empty_ledger()
             self._digests.take(self._looked[1], ledger)
             ledger.fetch()
@@ -168,7 +167,7 @@ class Verifier:
 
     def tidy(self) -> None:
         """Nobody reads looks of this refit any more: the next one finds room for its own."""
-        with beside(self._device):
+        with aside(self._device):
             for ledger in self._ledgers:
                 ledger.clear()
 

@@ -58,3 +58,23 @@ def test_an_idle_gpu_costs_microseconds() -> None:
         device.await_rest(gpu())(started + 1)
         took.append(time.monotonic() - started)
     assert statistics.median(took) < 2e-4
+
+
+def test_aside_runs_behind_what_was_followed_and_beside_what_comes_next() -> None:
+    """What the current stream is given first stands in what is read aside, what it is given later is not waited for."""
+    followed, later = torch.zeros(4, device=gpu()), torch.zeros(4, device=gpu())
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SECOND // 4)
+    followed.fill_(1)
+    device.follow(gpu())
+    torch.cuda._sleep(2 * SECOND)
+    later.fill_(1)
+    with device.aside(gpu()):
+        seen = torch.stack([followed, later])
+        done = torch.cuda.Event()
+        done.record()
+    done.synchronize()
+    assert not torch.cuda.current_stream().query(), "the current stream is still busy"
+    assert seen.tolist() == [[1] * 4, [0] * 4]
+    device.rejoin(gpu())
+    torch.cuda.synchronize()

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nemo_rl.refit.device import beside, rejoin
+from nemo_rl.refit.device import aside, follow, rejoin
 from nemo_rl.refit.errors import RefitError, TransferError
 from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Rows, jobs_of
 from nemo_rl.refit.transports import parcels
-from nemo_rl.refit.transports.lanes import Aside, Flight, Lanes, num_lanes
+from nemo_rl.refit.transports.lanes import Flight, Lanes, num_lanes
 from nemo_rl.refit.transports.loads import End, Load, Views
 from nemo_rl.refit.transports.mover import Setting
 from nemo_rl.refit.transports.parcels import (
@@ -84,6 +84,7 @@ class Grouped:
         self._skip = np.zeros(len(setting.plan.bulk), bool) if skip is None else skip
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
+        self._sent_rows, self._lands_in_place = self._own(setting.plan.bulk)
         self._num_lanes = num_lanes(setting.messages.num_streams)
         self._depth = self._num_lanes + AHEAD  # groups that were posted and not settled
         self._out, self._in = (
@@ -99,13 +100,11 @@ class Grouped:
 
     def ready(self, src_view: Callable[[int, Region], torch.Tensor], tracker: Tracker | None) -> bool:
         """Find out where rows lie: what parcels are made of, which is agreed on again wherever any moved."""
-        copies, moved = self._plan.bulk, False
-        sends = (copies.src_rank == self._rank) & ~self._skip
-        if sends.any() and src_view is not self._seen:
+        moved = False
+        if self._sent_rows and src_view is not self._seen:
             self._seen, layout = src_view, self._setting.sources[self._rank]
-            used = np.unique(copies.src_row[sends]).tolist()
-            moved = self._out.place({row: src_view(row, layout.region(row)) for row in used}, layout)
-        if tracker is not None and self._lands_in_place(copies, tracker).any():
+            moved = self._out.place({row: src_view(row, layout.region(row)) for row in self._sent_rows}, layout)
+        if tracker is not None and len(self._lands_in_place):
             moved |= self._in.place(tracker.rows(IN_PLACE), tracker.layout)
         return moved or self._groups is None
 
@@ -124,14 +123,14 @@ class Grouped:
         # equal bytes hide that one overwrites another.
         self._proven = not news and self._apart
         if news or self._groups is None:
-            self._apart = self._lies_apart(copies, tracker)
+            self._apart = self._lies_apart(tracker)
             self._groups = self._agree(copies, tracker, deadline_s)
             self._fit(copies, self._groups, tracker)
             self._wire_bytes = copies.wire_bytes(self._rank)
             self._parts.clear()
         # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
-        with self._lanes.ahead() if tracker is None else nullcontext(nullcontext) as aside:
-            serve = self._meanwhile(aside)
+        with self._lanes.ahead() if tracker is None else nullcontext():
+            serve = self._meanwhile()
             posted = self._run(self._groups, copies, tracker, end, serve)
             self._finish(posted, copies, end, serve)
         return Traffic(*self._wire_bytes, self._out.staging_bytes + self._in.staging_bytes)
@@ -179,14 +178,17 @@ class Grouped:
 
     # ---- before the first byte
 
-    def _lands_in_place(self, copies: CopyTable, tracker: Tracker) -> np.ndarray:
-        found: np.ndarray = (copies.dst_rank == self._rank) & ~self._skip
-        found[found] = tracker.layout.unit[copies.dst_row[found]] == IN_PLACE
-        return found
+    def _own(self, copies: CopyTable) -> tuple[list[int], np.ndarray]:
+        """Rows that this rank sends of, and numbers of the copies that it gets into final storage."""
+        sent = np.unique(copies.src_row[(copies.src_rank == self._rank) & ~self._skip]).tolist()
+        got = np.flatnonzero((copies.dst_rank == self._rank) & ~self._skip)
+        if not len(got):
+            return sent, got
+        return sent, got[self._setting.landings[self._rank].unit[copies.dst_row[got]] == IN_PLACE]
 
-    def _lies_apart(self, copies: CopyTable, tracker: Tracker | None) -> bool:
+    def _lies_apart(self, tracker: Tracker | None) -> bool:
         """Whether no two rows of final storage share a byte."""
-        if tracker is None or not self._lands_in_place(copies, tracker).any():
+        if tracker is None or not len(self._lands_in_place):
             return True
         return self._in.rows.apart(tracker.layout.sizes, tracker.layout.item_bytes)
 
@@ -204,17 +206,16 @@ class Grouped:
         there = control.exchange("transfer", said, givers, deadline_s=deadline_s)
         orders = {}
         if tracker is not None:
-            lands = self._lands_in_place(copies, tracker)
-            orders = {(src, self._rank): self._order(rules, src, lands, Ends.from_bytes(there[src])) for src in givers}
+            orders = {(src, self._rank): self._order(rules, src, Ends.from_bytes(there[src])) for src in givers}
         said = {src: order.to_bytes() for (src, _), order in orders.items()}
         for dst, told in control.exchange("transfer", said, takers).items():
             orders[self._rank, dst] = Order.from_bytes(told)
         return groups_of(parcels_of(self._rank, rules, orders))
 
-    def _order(self, rules: Rules, src: int, lands: np.ndarray, there: Ends) -> Order:
+    def _order(self, rules: Rules, src: int, there: Ends) -> Order:
         """Of what this rank gets from `src` into final storage; `there` is where it lies."""
         of_pair = rules.copies_of(src, self._rank)
-        chosen = np.flatnonzero(lands[of_pair])
+        chosen = np.flatnonzero(np.isin(of_pair, self._lands_in_place))
         if not len(chosen):
             return Order(chosen, chosen, chosen)
         where, here = self._in.places(rules.copies, of_pair[chosen]), self._in.ends(rules.copies, of_pair[chosen])
@@ -269,8 +270,8 @@ class Grouped:
             else:
                 assert tracker is not None
                 incoming.append(self._room(number, copies, parcel, tracker))
-        sends = [post for load in outgoing for post in load.posts(load.parcel.dst_rank)]
-        recvs = [post for load in incoming for post in load.posts(load.parcel.src_rank)]
+        sends = [post for load in outgoing for post in load.posts]
+        recvs = [post for load in incoming for post in load.posts]
         try:
             flight = self._lanes.exchange(group[0].lane, sends, recvs, look) if sends or recvs else None
         except RefitError:
@@ -324,7 +325,8 @@ class Grouped:
             return
         part = self._part(landed, tracker)
         if self._proven:
-            with beside(self._setting.device):
+            follow(self._setting.device)
+            with aside(self._setting.device):
                 tracker.digest(part)
         tracker.arrived(part, digested=False)
 
@@ -349,17 +351,13 @@ class Grouped:
                 late, copies, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were"
             ) from error
 
-    def _meanwhile(self, aside: Aside) -> Callable[[], None]:
-        """What this rank does while it waits: what others asked it to, and a look at who failed, ten times a second.
-
-        Others' work is started `aside`: behind the transfer, it would begin when that has ended.
-        """
+    def _meanwhile(self) -> Callable[[], None]:
+        """What this rank does while it waits: what others asked it to, and a look at who failed, ten times a second."""
         control, looked = self._setting.control, time.monotonic()
 
         def look() -> None:
             nonlocal looked
-            with aside():
-                control.idle()
+            control.idle()
             if time.monotonic() > looked + _LOOK_S:
                 control.raise_if_aborted("transfer")
                 looked = time.monotonic()

@@ -42,10 +42,6 @@ class Flight(Pending, Protocol):
         """Whether all of it arrived; never waits."""
 
 
-Aside = Callable[[], AbstractContextManager[object]]
-"""Makes a context; see `Lanes.ahead`."""
-
-
 class Lanes(Protocol):
     """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
 
@@ -57,11 +53,8 @@ class Lanes(Protocol):
         Calls `look` now and then while a peer is not there to start it with; raises TimeoutError where it never is.
         """
 
-    def ahead(self) -> AbstractContextManager[Aside]:
-        """What is started inside goes before other work of the device, and what comes behind it waits for it.
-
-        Gives contexts for what is to be started meanwhile and waits for nothing of that.
-        """
+    def ahead(self) -> AbstractContextManager[None]:
+        """What is started inside goes before other work of the device, and what comes behind it waits for it."""
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         """What starts copying `jobs` within this rank on the current stream, as often as wanted."""
@@ -100,8 +93,8 @@ class HostLanes:
         started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]
         return _HostFlight(started)
 
-    def ahead(self) -> AbstractContextManager[Aside]:
-        return nullcontext(nullcontext)
+    def ahead(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:
         return self._memory.prepare(os.getpid(), jobs, put=False, ordered=True)

@@ -20,15 +20,11 @@ Views = Mapping[int, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """A parcel at one end: the bytes of each transfer, and what packs them before or spreads them after."""
+    """A parcel at one end: its transfers in order, and what packs their bytes before or spreads them after."""
 
     parcel: Parcel
-    buffers: tuple[torch.Tensor, ...]
+    posts: tuple[Post, ...]
     copy: Callable[[], None] | None
-
-    def posts(self, peer: int) -> list[Post]:
-        """Of all transfers, in order."""
-        return [Post(buffer, peer, self.parcel.first + i) for i, buffer in enumerate(self.buffers)]
 
 
 class End:
@@ -162,7 +158,9 @@ class End:
             used = _aligned(used) + size
             strewn, base = where.take(part), room.data_ptr()
             jobs.append(strewn.into(base) if self._outgoing else strewn.out_of(base))
-        return Load(parcel, tuple(buffers), self._prepare(Jobs.all_of(jobs)) if jobs else None)
+        peer = parcel.dst_rank if self._outgoing else parcel.src_rank
+        posts = tuple(Post(buffer, peer, parcel.first + i) for i, buffer in enumerate(buffers))
+        return Load(parcel, posts, self._prepare(Jobs.all_of(jobs)) if jobs else None)
 
 
 def _range_of(view: torch.Tensor, address: int, num_bytes: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_rl.refit.device import within
 from nemo_rl.refit.strided import Jobs
-from nemo_rl.refit.transports.lanes import Aside, Post
+from nemo_rl.refit.transports.lanes import Post
 from nemo_rl.refit.transports.nccl_calls import Communicator, unique_id
 from nemo_rl.refit.transports.own_nccl import abort_together
 
@@ -142,12 +142,12 @@ class NcclLanes:
         return _NcclFlight(done, self._device)
 
     @contextmanager
-    def ahead(self) -> Iterator[Aside]:
+    def ahead(self) -> Iterator[None]:
         outer = torch.cuda.current_stream(self._device)
         if not outer.query():
             self._ahead.wait_stream(outer)
         with torch.cuda.stream(self._ahead):
-            yield lambda: torch.cuda.stream(outer)
+            yield
         outer.wait_stream(self._ahead)
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:

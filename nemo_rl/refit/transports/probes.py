@@ -28,7 +28,7 @@ from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.base import Channel
-from nemo_rl.refit.transports.lanes import Aside, Flight, Lanes, Post
+from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
 from nemo_rl.refit.transports.mover import Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 from nemo_rl.refit.transports.registry import open_channel
@@ -159,7 +159,7 @@ class _Lent:
     ) -> Flight:
         return self.own.exchange(lane, sends, recvs, look)
 
-    def ahead(self) -> AbstractContextManager[Aside]:
+    def ahead(self) -> AbstractContextManager[None]:
         return self.own.ahead()
 
     def prepare(self, jobs: Jobs) -> Callable[[], None]:

@@ -93,8 +93,8 @@ TRANSPORTS: dict[str, Transport] = {
     transport.name: transport
     for transport in (
         Transport("gloo", _gloo_unsupported, _messages),
-        Transport("peer", peer.unsupported, peer.Peer, one_sided=True),
-        Transport("nccl", _nccl_unsupported, _grouped),
+        Transport("peer", peer.unsupported, peer.Peer, one_sided=True, idles=True),
+        Transport("nccl", _nccl_unsupported, _grouped, idles=True),
         Transport("m2n", _m2n_unsupported, _m2n),
         Transport("golden", _any_one_device, Golden, broadcasts=True),
         Transport("broadcast", _any_one_device, _messages, all_misc="conventional refit"),

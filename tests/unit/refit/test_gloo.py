@@ -80,7 +80,7 @@ def dies_at(target, name, count):
 
 def rank_main(rank, port, transport, versions, die, known):
     if transport == "nccl":  # its schedule of parcels, over gloo
-        registry.TRANSPORTS["nccl"] = Transport("nccl", lambda *_: None, registry._grouped)
+        registry.TRANSPORTS["nccl"] = Transport("nccl", lambda *_: None, registry._grouped, idles=True)
         parcels.PACKED_BYTES, parcels.LEAST_IN_PLACE = 1024, 128
     source = landing = None
     if rank in WORLD.trainers:

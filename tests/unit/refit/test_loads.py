@@ -25,7 +25,7 @@ Place = Callable[[torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
     for module, name, value in (
         *((parcels, "PARCEL_BYTES", 2048), (parcels, "PACKED_BYTES", 2048), (parcels, "LEAST_BYTES", 2048)),
         (parcels, "LEAST_IN_PLACE", 512),

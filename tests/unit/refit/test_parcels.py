@@ -33,7 +33,7 @@ WHOLE = Region.whole
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The mover of `nccl` over channels of CPU tensors, with small parcels."""
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
     for name, value in (("PARCEL_BYTES", 2048), ("PACKED_BYTES", 1024), ("LEAST_BYTES", 512)):
         monkeypatch.setattr(parcels, name, value)
     monkeypatch.setattr(parcels, "LEAST_IN_PLACE", 64)
@@ -309,7 +309,7 @@ def test_pairs_that_move_little_have_smaller_parcels():
 
 @pytest.mark.parametrize(("ranks", "streams"), [((0, 1), 1), ((0, 1), 3), ((0, 1), 7), ((0, 0), 2)])
 def test_a_direction_has_a_slot_more_than_lanes(ranks, streams, monkeypatch):
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
     full, sources, landings = two_sides(random.Random(2), 1, 1)
     world, store, hub = World((ranks[0],), (ranks[1],)), dist.HashStore(), Hub()
     sim = SimulatedWorld.__new__(SimulatedWorld)

@@ -359,7 +359,7 @@ def test_rows_that_share_memory_are_looked_at_in_the_end(transport, monkeypatch)
     monkeypatch.setattr(grouped, "DIGEST_BYTES", 1)
     monkeypatch.setattr(grouped, "AHEAD", -2)
     monkeypatch.setattr(parcels, "PACKED_BYTES", 1536)
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
     table = make_table({f"layers.{i}": ((6, 64), torch.float32) for i in range(4)})
     generator = torch.Generator().manual_seed(5)
     full = {f: random_bytes(m.shape, m.dtype, generator) for f, m in table.items()}
