@@ -62,7 +62,9 @@ def test_an_idle_gpu_costs_microseconds() -> None:
 
 def test_aside_runs_behind_what_was_followed_and_beside_what_comes_next() -> None:
     """What the current stream is given first stands in what is read aside, what it is given later is not waited for."""
-    followed, later = torch.zeros(4, device=gpu()), torch.zeros(4, device=gpu())
+    followed, later, seen = (torch.zeros(4, device=gpu()) for _ in range(3))
+    with device.aside(gpu()):  # what is started for the first time may wait for the whole GPU
+        torch.add(followed, later, alpha=2, out=seen)
     torch.cuda.synchronize()
     torch.cuda._sleep(SECOND // 4)
     followed.fill_(1)
@@ -70,11 +72,11 @@ def test_aside_runs_behind_what_was_followed_and_beside_what_comes_next() -> Non
     torch.cuda._sleep(2 * SECOND)
     later.fill_(1)
     with device.aside(gpu()):
-        seen = torch.stack([followed, later])
+        torch.add(followed, later, alpha=2, out=seen)
         done = torch.cuda.Event()
         done.record()
     done.synchronize()
     assert not torch.cuda.current_stream().query(), "the current stream is still busy"
-    assert seen.tolist() == [[1] * 4, [0] * 4]
+    assert seen.tolist() == [1] * 4, "what was followed, and nothing of what came later"
     device.rejoin(gpu())
     torch.cuda.synchronize()
