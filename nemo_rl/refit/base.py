@@ -129,7 +129,7 @@ class RefitOptions:
     """Knobs of a session.
 
     Attributes:
-        transport: `auto`, `peer`, `nccl`, `gloo`, `golden` or `broadcast` (the conventional refit).
+        transport: `auto`, `peer`, `nccl`, `m2n`, `gloo`, `golden` or `broadcast` (the conventional refit).
         bucket_bytes: largest message.
         num_streams: messages in flight per rank and direction; bounds extra memory to
             `2 * num_streams * bucket_bytes`. `nccl` joins messages to 128 MiB over three lanes or more, and takes at

@@ -155,6 +155,7 @@ class RefitSession:
         self._agree_to(version, num_steps)
         with self._guarded("digest"):
             if self._source is not None and self._agreed.verifier is not None:
+                follow(self._device)
                 self._prepared = version, num_steps, self._agreed.verifier.look(self._holdings)
         return dict(self._phase_s)
 
@@ -166,7 +167,6 @@ class RefitSession:
             if self._source is not None:
                 rest.append(await_rest(self._device))
                 self._find_source(self._source)
-                follow(self._device)  # looks do
 
         with self._guarded("agree"):
             self._check_version(version)
@@ -274,6 +274,8 @@ class RefitSession:
         verifier, control = self._agreed.verifier, self._link.control
         if verifier is None:
             return None
+        if self._source is not None:
+            follow(self._device)  # whatever changed the source before this refit, the second look sees it
         watch = Watch(verifier, control, None if self._source is None else self._holdings, first)
         if not self._agreed.choice.transport.idles:  # elsewhere the first bytes are on their way before it looks
             watch.look()

@@ -3,7 +3,7 @@
 A transfer that is one contiguous range at an end is sent from there or received there; all others of a parcel are
 packed into a slot or spread out of one by one prepared launch. Receivers choose the order of bytes
 (`parcels.wire_order`), so that most bytes are packed on one side only. The host posts everything ahead: slots are
-guarded by what the stream waits for, and on GPUs the host itself waits only at the end.
+guarded by what the stream waits for, and on GPUs the host itself waits only where it is far ahead, and at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nemo_rl.refit.device import aside, follow, rejoin
-from nemo_rl.refit.errors import RefitError, TransferError
+from nemo_rl.refit.errors import RefitError, TransferError, named_error
 from nemo_rl.refit.pipeline import IN_PLACE, Part, Tracker, Traffic
 from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.region import Region
@@ -33,7 +33,6 @@ from nemo_rl.refit.transports.parcels import (
     Parcel,
     Rules,
     groups_of,
-    pairs_of,
     parcels_of,
     wire_order,
 )
@@ -81,10 +80,13 @@ class Grouped:
     """
 
     def __init__(self, setting: Setting, lanes: Lanes, skip: np.ndarray | None = None) -> None:
-        self._skip = np.zeros(len(setting.plan.bulk), bool) if skip is None else skip
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
-        self._sent_rows, self._lands_in_place = self._own(setting.plan.bulk)
+        self._copies = copies = setting.plan.bulk
+        mine = (copies.src_rank == self._rank) | (copies.dst_rank == self._rank)
+        self._mine = np.flatnonzero(mine if skip is None else mine & ~skip)
+        self._sent_rows = np.unique(copies.src_row[self._mine][copies.src_rank[self._mine] == self._rank]).tolist()
+        self._lands_in_place = self._lands()
         self._num_lanes = num_lanes(setting.messages.num_streams)
         self._depth = self._num_lanes + AHEAD  # groups that were posted and not settled
         self._out, self._in = (
@@ -116,7 +118,10 @@ class Grouped:
         news: bool,
         deadline_s: float,
     ) -> Traffic:
-        """See `Mover.run`. Raises TransferError naming the peers, round and parameter that this rank waited for."""
+        """See `Mover.run`; `copies` are the plan's bulk.
+
+        Raises TransferError naming the peers, round and parameter that this rank waited for.
+        """
         end = time.monotonic() + deadline_s
         # The same parcels went where they go before, and what landed was looked at behind the last of them: none writes
         # where another one lands. From then on each is looked at as soon as it landed, but where rows share memory:
@@ -124,21 +129,20 @@ class Grouped:
         self._proven = not news and self._apart
         if news or self._groups is None:
             self._apart = self._lies_apart(tracker)
-            self._groups = self._agree(copies, tracker, deadline_s)
-            self._fit(copies, self._groups, tracker)
-            self._wire_bytes = copies.wire_bytes(self._rank)
+            self._groups = self._agree(tracker, deadline_s)
+            self._fit(self._groups, tracker)
+            self._wire_bytes = self._copies.wire_bytes(self._rank)
             self._parts.clear()
         # Sources may be read by others meanwhile; where bytes land, engines work on the stream that they know.
         with self._lanes.ahead() if tracker is None else nullcontext():
             serve = self._meanwhile()
-            posted = self._run(self._groups, copies, tracker, end, serve)
-            self._finish(posted, copies, end, serve)
+            posted = self._run(self._groups, tracker, end, serve)
+            self._finish(posted, end, serve)
         return Traffic(*self._wire_bytes, self._out.staging_bytes + self._in.staging_bytes)
 
     def _run(
         self,
         groups: Sequence[Sequence[Parcel]],
-        copies: CopyTable,
         tracker: Tracker | None,
         end: float,
         serve: Callable[[], None],
@@ -148,23 +152,23 @@ class Grouped:
         for number, group in enumerate(groups):
             free = self._free_before(number)
             for earlier in range(settled, free):
-                self._settle(earlier, posted, copies, tracker, end)
+                self._settle(earlier, posted, tracker, end)
             settled = max(settled, free)
-            posted.append(self._post(number, group, copies, tracker, serve))
+            posted.append(self._post(number, group, tracker, end, serve))
             serve()
             if number >= MOST_RUNNING:
-                self._await(posted[number - MOST_RUNNING], copies, end, serve)
+                self._await(posted[number - MOST_RUNNING], end, serve)
         for number in range(settled, len(posted)):
-            self._settle(number, posted, copies, tracker, end)
+            self._settle(number, posted, tracker, end)
         if tracker is not None:
             self._look_at_landed(tracker)
             rejoin(self._setting.device)
         return posted
 
-    def _await(self, one: _Posted, copies: CopyTable, end: float, look: Callable[[], None]) -> None:
+    def _await(self, one: _Posted, end: float, look: Callable[[], None]) -> None:
         while one.flight is not None and not one.flight.done():
             if time.monotonic() > end:
-                raise self._failed([one], copies, "it was not done within the deadline")
+                raise self._failed([one], "it was not done within the deadline")
             look()
             time.sleep(0)  # others may run
 
@@ -178,13 +182,12 @@ class Grouped:
 
     # ---- before the first byte
 
-    def _own(self, copies: CopyTable) -> tuple[list[int], np.ndarray]:
-        """Rows that this rank sends of, and numbers of the copies that it gets into final storage."""
-        sent = np.unique(copies.src_row[(copies.src_rank == self._rank) & ~self._skip]).tolist()
-        got = np.flatnonzero((copies.dst_rank == self._rank) & ~self._skip)
-        if not len(got):
-            return sent, got
-        return sent, got[self._setting.landings[self._rank].unit[copies.dst_row[got]] == IN_PLACE]
+    def _lands(self) -> np.ndarray:
+        """Numbers of the copies that this rank gets into final storage."""
+        got: np.ndarray = self._mine[self._copies.dst_rank[self._mine] == self._rank]
+        if len(got):
+            got = got[self._setting.landings[self._rank].unit[self._copies.dst_row[got]] == IN_PLACE]
+        return got
 
     def _lies_apart(self, tracker: Tracker | None) -> bool:
         """Whether no two rows of final storage share a byte."""
@@ -192,16 +195,16 @@ class Grouped:
             return True
         return self._in.rows.apart(tracker.layout.sizes, tracker.layout.item_bytes)
 
-    def _agree(self, copies: CopyTable, tracker: Tracker | None, deadline_s: float) -> list[list[Parcel]]:
+    def _agree(self, tracker: Tracker | None, deadline_s: float) -> list[list[Parcel]]:
         """Tell destinations where their bytes lie, hear it of sources, and tell these in which order bytes come.
 
         Destinations give up before sources, which wait for them: the first report names who is late.
         """
-        pairs, control = pairs_of(self._rank, copies, self._skip), self._setting.control
-        rules = Rules(self._world, copies, self._num_bytes(copies), self._skip, self._limits)
+        rules = Rules(self._world, self._copies, self._num_bytes, self._mine, self._limits)
+        pairs, control = rules.pairs, self._setting.control
         takers = [dst for src, dst in pairs if src == self._rank]
         givers = [src for src, dst in pairs if dst == self._rank]
-        lie = {dst: self._out.ends(copies, rules.copies_of(self._rank, dst)) for dst in takers}
+        lie = {dst: self._out.ends(rules.copies_of(self._rank, dst)) for dst in takers}
         said = {dst: ends.to_bytes() for dst, ends in lie.items()}
         there = control.exchange("transfer", said, givers, deadline_s=deadline_s)
         orders = {}
@@ -210,21 +213,21 @@ class Grouped:
         said = {src: order.to_bytes() for (src, _), order in orders.items()}
         for dst, told in control.exchange("transfer", said, takers).items():
             orders[self._rank, dst] = Order.from_bytes(told)
-        return groups_of(parcels_of(self._rank, rules, orders))
+        return groups_of(parcels_of(rules, orders))
 
     def _order(self, rules: Rules, src: int, there: Ends) -> Order:
         """Of what this rank gets from `src` into final storage; `there` is where it lies."""
         of_pair = rules.copies_of(src, self._rank)
-        chosen = np.flatnonzero(np.isin(of_pair, self._lands_in_place))
+        chosen = np.flatnonzero(np.isin(of_pair, self._lands_in_place, assume_unique=True, kind="sort"))
         if not len(chosen):
             return Order(chosen, chosen, chosen)
-        where, here = self._in.places(rules.copies, of_pair[chosen]), self._in.ends(rules.copies, of_pair[chosen])
+        where, here = self._in.places(of_pair[chosen]), self._in.ends(of_pair[chosen])
         order = wire_order(here, there.take(chosen), where.num_bytes, where.item, rules.limits)
         return Order(chosen[order.copies], order.cuts, order.ends)
 
-    def _num_bytes(self, copies: CopyTable) -> np.ndarray:
-        item = self._plan.item_bytes
-        num_bytes: np.ndarray = copies.sizes.prod(axis=1) * item[copies.tensor]
+    @property
+    def _num_bytes(self) -> np.ndarray:
+        num_bytes: np.ndarray = self._copies.sizes.prod(axis=1) * self._plan.item_bytes[self._copies.tensor]
         return num_bytes
 
     @property
@@ -238,14 +241,14 @@ class Grouped:
     def _staging_bytes(self) -> int:
         return staging_bytes(bool(self._world.shared))
 
-    def _fit(self, copies: CopyTable, groups: Sequence[Sequence[Parcel]], tracker: Tracker | None) -> None:
+    def _fit(self, groups: Sequence[Sequence[Parcel]], tracker: Tracker | None) -> None:
         away = [(n, parcel) for n, group in enumerate(groups) for parcel in group if parcel.src_rank != parcel.dst_rank]
-        self._out.fit({n: parcel for n, parcel in away if parcel.src_rank == self._rank}, copies, ())
+        self._out.fit({n: parcel for n, parcel in away if parcel.src_rank == self._rank}, ())
         incoming = {n: parcel for n, parcel in away if parcel.dst_rank == self._rank}
         if tracker is not None:
-            unit, row = tracker.layout.unit, copies.dst_row
+            unit, row = tracker.layout.unit, self._copies.dst_row
             self._final = {n: bool((unit[row[parcel.copies]] == IN_PLACE).all()) for n, parcel in incoming.items()}
-            self._in.fit(incoming, copies, [n for n, final in self._final.items() if not final])
+            self._in.fit(incoming, [n for n, final in self._final.items() if not final])
 
     # ---- one group
 
@@ -253,8 +256,8 @@ class Grouped:
         self,
         number: int,
         group: Sequence[Parcel],
-        copies: CopyTable,
         tracker: Tracker | None,
+        end: float,
         look: Callable[[], None],
     ) -> _Posted:
         """Pack what leaves and start the group, behind all that the current stream was given."""
@@ -262,43 +265,41 @@ class Grouped:
         for parcel in group:
             if parcel.src_rank == parcel.dst_rank:
                 assert tracker is not None
-                self._copy_locally(copies, parcel, tracker)
+                self._copy_locally(parcel, tracker)
             elif parcel.src_rank == self._rank:
-                outgoing.append(load := self._out.load(number, copies, parcel))
+                outgoing.append(load := self._out.load(number, parcel))
                 if load.copy is not None:
                     load.copy()
             else:
                 assert tracker is not None
-                incoming.append(self._room(number, copies, parcel, tracker))
+                incoming.append(self._room(number, parcel, tracker))
         sends = [post for load in outgoing for post in load.posts]
         recvs = [post for load in incoming for post in load.posts]
         try:
-            flight = self._lanes.exchange(group[0].lane, sends, recvs, look) if sends or recvs else None
+            flight = self._lanes.exchange(group[0].lane, sends, recvs, end, look) if sends or recvs else None
         except RefitError:
             raise  # another rank's, which says why its peers wait
         except (TimeoutError, RuntimeError) as error:
-            raise self._failed([_Posted(outgoing, incoming, None)], copies, str(error)) from error
+            raise self._failed([_Posted(outgoing, incoming, None)], str(error)) from error
         return _Posted(outgoing, incoming, flight)
 
-    def _room(self, number: int, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> Load:
+    def _room(self, number: int, parcel: Parcel, tracker: Tracker) -> Load:
         if self._final[number]:
-            return self._in.load(number, copies, parcel)
-        return self._in.load_into(number, copies, parcel, self._opened(copies, parcel, tracker), tracker.layout)
+            return self._in.load(number, parcel)
+        return self._in.load_into(number, parcel, self._opened(parcel, tracker), tracker.layout)
 
-    def _opened(self, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> Views:
-        units = np.unique(tracker.layout.unit[copies.dst_row[parcel.copies]]).tolist()
+    def _opened(self, parcel: Parcel, tracker: Tracker) -> Views:
+        units = np.unique(tracker.layout.unit[self._copies.dst_row[parcel.copies]]).tolist()
         return {row: view for unit in units for row, view in tracker.rows(unit).items()}
 
-    def _copy_locally(self, copies: CopyTable, parcel: Parcel, tracker: Tracker) -> None:
-        views = self._opened(copies, parcel, tracker)
+    def _copy_locally(self, parcel: Parcel, tracker: Tracker) -> None:
+        views = self._opened(parcel, tracker)
         there = self._setting.sources[self._rank], self._out.rows
         here = tracker.layout, Rows.of(views, tracker.layout)
-        self._lanes.prepare(jobs_of(self._plan, copies, parcel.copies, there, here))()
+        self._lanes.prepare(jobs_of(self._plan, self._copies, parcel.copies, there, here))()
         tracker.arrived(self._part([parcel], tracker), self._proven)
 
-    def _settle(
-        self, number: int, posted: Sequence[_Posted], copies: CopyTable, tracker: Tracker | None, end: float
-    ) -> None:
+    def _settle(self, number: int, posted: Sequence[_Posted], tracker: Tracker | None, end: float) -> None:
         """What comes next on the current stream finds the group's bytes in place and its slots free."""
         one = posted[number]
         if one.flight is None:
@@ -306,7 +307,7 @@ class Grouped:
         try:
             one.flight.wait(end - time.monotonic())
         except RuntimeError as error:
-            raise self._failed([one], copies, str(error)) from error
+            raise self._failed([one], str(error)) from error
         for load in one.incoming:
             assert tracker is not None
             if load.copy is not None:
@@ -340,16 +341,14 @@ class Grouped:
 
     # ---- the end
 
-    def _finish(self, posted: Sequence[_Posted], copies: CopyTable, end: float, serve: Callable[[], None]) -> None:
+    def _finish(self, posted: Sequence[_Posted], end: float, serve: Callable[[], None]) -> None:
         try:
             self._lanes.finish(end, serve)
         except RefitError:
             raise
         except (TimeoutError, RuntimeError) as error:
             late = [one for one in posted if one.flight is not None and not one.flight.done()]
-            raise self._failed(
-                late, copies, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were"
-            ) from error
+            raise self._failed(late, f"{error}; {len(posted) - len(late)} of {len(posted)} groups were") from error
 
     def _meanwhile(self) -> Callable[[], None]:
         """What this rank does while it waits: what others asked it to, and a look at who failed, ten times a second."""
@@ -357,17 +356,22 @@ class Grouped:
 
         def look() -> None:
             nonlocal looked
-            control.idle()
-            if time.monotonic() > looked + _LOOK_S:
-                control.raise_if_aborted("transfer")
-                looked = time.monotonic()
+            try:
+                control.idle()
+                if time.monotonic() > looked + _LOOK_S:
+                    control.raise_if_aborted("transfer")
+                    looked = time.monotonic()
+            except RefitError:
+                raise
+            except Exception as error:  # not of the peer that this rank waits for
+                raise named_error(error, self._rank, "transfer") from error
 
         return look
 
-    def _failed(self, late: Sequence[_Posted], copies: CopyTable, text: str) -> TransferError:
+    def _failed(self, late: Sequence[_Posted], text: str) -> TransferError:
         """Names the first group that is not done."""
         loads = [load.parcel for one in late for load in (*one.outgoing, *one.incoming)][:1]
-        waits = "; ".join(self._describe(parcel, copies) for parcel in loads) or "on this device alone"
+        waits = "; ".join(self._describe(parcel) for parcel in loads) or "on this device alone"
         peers = {p.dst_rank if p.src_rank == self._rank else p.src_rank for p in loads}
         names = " and ".join(self._world.describe(r) for r in sorted(peers)) or "this rank's device"
         return TransferError(
@@ -377,10 +381,10 @@ class Grouped:
             remedy=f"check whether {names} is alive and reachable; remake the session",
         )
 
-    def _describe(self, parcel: Parcel, copies: CopyTable) -> str:
+    def _describe(self, parcel: Parcel) -> str:
         sends = parcel.src_rank == self._rank
         peer = self._world.describe(parcel.dst_rank if sends else parcel.src_rank)
-        first = self._plan.copy(copies, int(parcel.copies[0]))
+        first = self._plan.copy(self._copies, int(parcel.copies[0]))
         return (
             f"{'sending to' if sends else 'receiving from'} {peer} in round {parcel.key[1]}, parcel {parcel.number} "
             f"({len(parcel.copies)} copies, {parcel.num_bytes} bytes, first {first.fqn} {first.region})"

@@ -42,15 +42,20 @@ class Flight(Pending, Protocol):
         """Whether all of it arrived; never waits."""
 
 
+def nothing() -> None:
+    """For who has nothing to do while it waits."""
+
+
 class Lanes(Protocol):
     """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
 
     def exchange(
-        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = ...
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, look: Callable[[], None] = ...
     ) -> Flight:
         """Start a group after what the current stream was given so far; ranks' groups of a lane match in order.
 
-        Calls `look` now and then while a peer is not there to start it with; raises TimeoutError where it never is.
+        Calls `look` now and then while a peer is not there to start it with; raises TimeoutError where it is not at
+        `end` (monotonic).
         """
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -87,7 +92,7 @@ class HostLanes:
         self._channel, self._memory = channel, HostMemory()
 
     def exchange(
-        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = lambda: None
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, look: Callable[[], None] = nothing
     ) -> _HostFlight:
         started: list[Pending] = [self._channel.send(p.buffer, p.peer, p.tag) for p in sends]
         started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from nemo_rl.refit.layout import Layout
-from nemo_rl.refit.plan import CopyTable
 from nemo_rl.refit.strided import Jobs, Places, Rows, places
 from nemo_rl.refit.transports.lanes import Post
 from nemo_rl.refit.transports.mover import Setting
@@ -48,7 +47,8 @@ class End:
         most_bytes: int,
         prepare: Callable[[Jobs], Callable[[], None]],
     ):
-        self._plan, self._outgoing, self._prepare = setting.plan, outgoing, prepare
+        self._plan, self._copies = setting.plan, setting.plan.bulk
+        self._outgoing, self._prepare = outgoing, prepare
         self._depth, self._most_bytes, self._device = depth, most_bytes, setting.device
         self._slots: list[torch.Tensor] = []
         self._users: list[int] = []  # groups that have a slot, in order
@@ -77,17 +77,17 @@ class End:
         self._rows = rows
         return True
 
-    def places(self, copies: CopyTable, chosen: np.ndarray) -> Places:
-        """Where copies `chosen` lie."""
+    def places(self, chosen: np.ndarray) -> Places:
+        """Where copies `chosen` of the plan's bulk lie."""
         assert self._layout is not None
-        return places(self._plan, copies, chosen, self._row(copies, chosen), self._layout, self.rows)
+        return places(self._plan, self._copies, chosen, self._row(chosen), self._layout, self.rows)
 
-    def ends(self, copies: CopyTable, chosen: np.ndarray) -> Ends:
+    def ends(self, chosen: np.ndarray) -> Ends:
         """The same, as it matters to parcels."""
         assert self._views is not None
-        return _ends(self.places(copies, chosen), self._views, self._row(copies, chosen))
+        return _ends(self.places(chosen), self._views, self._row(chosen))
 
-    def fit(self, groups: Mapping[int, Parcel], copies: CopyTable, opens_later: Container[int]) -> None:
+    def fit(self, groups: Mapping[int, Parcel], opens_later: Container[int]) -> None:
         """Slots take the parcels of `groups` (by number) that need one; comes before all loads, none of which stays.
 
         Args:
@@ -95,7 +95,7 @@ class End:
         """
         self._loads.clear()
         needs = {
-            number: parcel.num_bytes if number in opens_later else self._strewn_bytes(copies, parcel)
+            number: parcel.num_bytes if number in opens_later else self._strewn_bytes(parcel)
             for number, parcel in groups.items()
         }
         self._users = [number for number, need in needs.items() if need]
@@ -117,27 +117,27 @@ class End:
         turn = self._turns.get(number, -1) - len(self._slots)
         return self._users[turn] if turn >= 0 else None
 
-    def load(self, number: int, copies: CopyTable, parcel: Parcel) -> Load:
+    def load(self, number: int, parcel: Parcel) -> Load:
         """Of the parcel of group `number`, kept until groups are fitted again."""
         if number not in self._loads:
             assert self._views is not None
-            where, row = self.places(copies, parcel.copies), self._row(copies, parcel.copies)
+            where, row = self.places(parcel.copies), self._row(parcel.copies)
             self._loads[number] = self._make(number, parcel, self._views, where, row)
         return self._loads[number]
 
-    def load_into(self, number: int, copies: CopyTable, parcel: Parcel, views: Views, layout: Layout) -> Load:
+    def load_into(self, number: int, parcel: Parcel, views: Views, layout: Layout) -> Load:
         """Of a parcel that lands in what is open for a while."""
-        row = self._row(copies, parcel.copies)
-        where = places(self._plan, copies, parcel.copies, row, layout, Rows.of(views, layout))
+        row = self._row(parcel.copies)
+        where = places(self._plan, self._copies, parcel.copies, row, layout, Rows.of(views, layout))
         return self._make(number, parcel, views, where, row)
 
-    def _row(self, copies: CopyTable, chosen: np.ndarray) -> np.ndarray:
-        row: np.ndarray = (copies.src_row if self._outgoing else copies.dst_row)[chosen]
+    def _row(self, chosen: np.ndarray) -> np.ndarray:
+        row: np.ndarray = (self._copies.src_row if self._outgoing else self._copies.dst_row)[chosen]
         return row
 
-    def _strewn_bytes(self, copies: CopyTable, parcel: Parcel) -> int:
+    def _strewn_bytes(self, parcel: Parcel) -> int:
         """Of transfers that are not one contiguous range."""
-        num_bytes, ends, used = self.places(copies, parcel.copies).num_bytes, self.ends(copies, parcel.copies), 0
+        num_bytes, ends, used = self.places(parcel.copies).num_bytes, self.ends(parcel.copies), 0
         for part in parcel.transfers:
             if not ends.take(part).whole(num_bytes[part]):
                 used = _aligned(used) + int(num_bytes[part].sum())

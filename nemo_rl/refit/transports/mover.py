@@ -105,7 +105,7 @@ class Transport:
         mover: makes the mover of one rank, once its plan is agreed on.
         all_misc: why every tensor travels whole; None where the plan decides.
         one_sided: receivers read from where trainers hold, without message buffers.
-        idles: its mover calls `control.idle` once it has started something, and again and again.
+        idles: its mover calls `control.idle` as soon as bytes move, and again and again.
         broadcasts: bulk is broadcast on the session's channel, as whole tensors are.
     """
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_rl.refit.device import within
 from nemo_rl.refit.strided import Jobs
-from nemo_rl.refit.transports.lanes import Post
+from nemo_rl.refit.transports.lanes import Post, nothing
 from nemo_rl.refit.transports.nccl_calls import Communicator, unique_id
 from nemo_rl.refit.transports.own_nccl import abort_together
 
@@ -50,7 +50,7 @@ class NcclLanes:
     Args:
         store: rendezvous, not used for lanes before; every rank of the session connects through it.
         rank, size: in the session's world.
-        deadline_s: longest wait for the communicators, and for a peer at its first message.
+        deadline_s: longest wait for the communicators.
 
     Raises:
         TimeoutError: some rank did not connect.
@@ -60,7 +60,6 @@ class NcclLanes:
         self, store: dist.Store, rank: int, size: int, count: int, deadline_s: float, device: torch.device
     ) -> None:
         self._device, self._store, self._rank = device, store, rank
-        self._deadline_s = deadline_s
         self._comms: list[Communicator] = []
         self._met: set[tuple[int, int]] = set()  # lane, peer
         self._connecting: set[int] = set()  # lanes on which a thread is inside NCCL
@@ -87,21 +86,22 @@ class NcclLanes:
 
         within(max(end - time.monotonic(), 0.0), make, what)
 
-    def _await(self, keys: Sequence[str], end: float, what: str, look: Callable[[], None] = lambda: None) -> None:
+    def _await(self, keys: Sequence[str], end: float, what: str, look: Callable[[], None] = nothing) -> None:
+        deadline_s = end - time.monotonic()
         while not self._store.check(list(keys)):
             if time.monotonic() > end:
-                raise TimeoutError(f"{what} took longer than {self._deadline_s:g} s")
+                raise TimeoutError(f"{what} took longer than {round(deadline_s, 2):g} s")
             look()
             time.sleep(_LOOK_S)
 
     def exchange(
-        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], look: Callable[[], None] = lambda: None
+        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, look: Callable[[], None] = nothing
     ) -> _NcclFlight:
-        """Raises TimeoutError where a peer of which this lane has heard nothing does not connect."""
+        """See `Lanes.exchange`."""
         peers = {(lane, post.peer) for post in (*sends, *recvs)}
         if peers <= self._met:
             return self._exchange(lane, sends, recvs)
-        end, fresh = time.monotonic() + self._deadline_s, sorted(peer for _, peer in peers - self._met)
+        fresh = sorted(peer for _, peer in peers - self._met)
         what = f"connecting lane {lane} with ranks {fresh}"
         self._meet(lane, fresh, end, what, look)
         flight = self._first(lane, sends, recvs, end, what)

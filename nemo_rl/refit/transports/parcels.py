@@ -227,19 +227,27 @@ class Rules:
 
     Attributes:
         num_bytes: of every copy of `copies`.
-        skip: which of them travel in another way.
+        chosen: numbers of those that a rank cuts into parcels, ascending: all of any pair, or none.
         limits: of parcels of ranges.
     """
 
     world: World
     copies: CopyTable
     num_bytes: np.ndarray
-    skip: np.ndarray
+    chosen: np.ndarray
     limits: Limits
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The (source, destination) of what is chosen."""
+        src, dst = self.copies.src_rank[self.chosen], self.copies.dst_rank[self.chosen]
+        return sorted(set(zip(src.tolist(), dst.tolist(), strict=True)))
+
     def copies_of(self, src: int, dst: int) -> np.ndarray:
-        """Numbers of the copies of one pair."""
-        return np.flatnonzero((self.copies.src_rank == src) & (self.copies.dst_rank == dst) & ~self.skip)
+        """Numbers of the copies of one pair, ascending."""
+        mine = self.chosen
+        found: np.ndarray = mine[(self.copies.src_rank[mine] == src) & (self.copies.dst_rank[mine] == dst)]
+        return found
 
     def limit_of(self, src: int, dst: int) -> int:
         """Bytes of a parcel of whole messages of one pair: less than others where the pair moves little."""
@@ -247,38 +255,27 @@ class Rules:
         return max(most // 4, min(most, num_bytes // MESSAGES_OF_A_PAIR))
 
 
-def parcels_of(rank: int, rules: Rules, orders: Mapping[tuple[int, int], Order]) -> list[Parcel]:
-    """All parcels that `rank` sends, receives or copies within itself, by ascending key and lane.
+def parcels_of(rules: Rules, orders: Mapping[tuple[int, int], Order]) -> list[Parcel]:
+    """All parcels of what the rules choose, by ascending key and lane.
 
     Args:
         orders: (source, destination) -> what the destination said; the same at both ends.
     """
     return sorted(
-        (
-            parcel
-            for pair in pairs_of(rank, rules.copies, rules.skip)
-            for parcel in _of_pair(*pair, rules, orders[pair])
-        ),
+        (parcel for pair in rules.pairs for parcel in _of_pair(*pair, rules, orders[pair])),
         key=lambda parcel: (parcel.key, parcel.lane),
     )
 
 
-def pairs_of(rank: int, copies: CopyTable, skip: np.ndarray) -> list[tuple[int, int]]:
-    """The (source, destination) of copies that are not skipped, one of them `rank`."""
-    own = ((copies.src_rank == rank) | (copies.dst_rank == rank)) & ~skip
-    return sorted(set(zip(copies.src_rank[own].tolist(), copies.dst_rank[own].tolist(), strict=True)))
-
-
 def _of_pair(src: int, dst: int, rules: Rules, order: Order) -> list[Parcel]:
-    named = rules.copies_of(src, dst)[order.copies]
+    of_pair = rules.copies_of(src, dst)
+    named, left = of_pair[order.copies], np.delete(of_pair, order.copies)
     starts = [0, *order.ends[:-1].tolist()]
     phase = _phase(src, dst, rules.world)
     found = [
         ((0, phase, number), named[lo:hi], order.cuts[(order.cuts > lo) & (order.cuts <= hi)] - lo)
         for number, (lo, hi) in enumerate(zip(starts, order.ends.tolist(), strict=False))
     ]
-    left = ~rules.skip
-    left[named] = False
     found += [((1, first, 0), part, np.array([len(part)])) for first, part in _by_round(src, dst, rules, left)]
     firsts = np.cumsum([0, *(len(cuts) for *_, cuts in found)]).tolist()
     return [
@@ -304,12 +301,16 @@ def _phase(src: int, dst: int, world: World) -> int:
 
 
 def _by_round(src: int, dst: int, rules: Rules, left: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(round of its first message, copies) of parcels that are made of whole messages of the plan, in its order."""
+    """(round of its first message, copies) of parcels that are made of whole messages of the plan, in its order.
+
+    Args:
+        left: numbers of the copies of the pair that are to go so, ascending.
+    """
     messages, limit = rules.copies.messages, rules.limit_of(src, dst)
     parcel: list[np.ndarray] = []
     first, filled = 0, 0
     for number, _, _, lo, hi, _ in messages[(messages[:, 1] == src) & (messages[:, 2] == dst)].tolist():
-        part = np.arange(lo, hi)[left[lo:hi]]
+        part = left[slice(*np.searchsorted(left, (lo, hi)))]
         size = int(rules.num_bytes[part].sum())
         if parcel and filled + size > limit:
             yield first, np.concatenate(parcel)

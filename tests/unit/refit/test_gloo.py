@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from nemo_rl.refit.errors import RefitError
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports import parcels, registry
-from nemo_rl.refit.transports.mover import Transport
 
 from .forked import Forked
 from .simulated import PlainLanding, PlainSource, make_table, random_bytes, same_bytes
@@ -80,7 +80,7 @@ def dies_at(target, name, count):
 
 def rank_main(rank, port, transport, versions, die, known):
     if transport == "nccl":  # its schedule of parcels, over gloo
-        registry.TRANSPORTS["nccl"] = Transport("nccl", lambda *_: None, registry._grouped, idles=True)
+        registry.TRANSPORTS["nccl"] = replace(registry.TRANSPORTS["nccl"], unsupported=lambda *_: None)
         parcels.PACKED_BYTES, parcels.LEAST_IN_PLACE = 1024, 128
     source = landing = None
     if rank in WORLD.trainers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.transports import grouped, parcels, registry
 from nemo_rl.refit.transports.grouped import Grouped
 from nemo_rl.refit.transports.lanes import HostLanes, Post
-from nemo_rl.refit.transports.mover import Transport
 from nemo_rl.refit.transports.parcels import Ends, Limits, Order, wire_order
 
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -25,7 +25,7 @@ Place = Callable[[torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", replace(registry.TRANSPORTS["nccl"], unsupported=lambda *_: None))
     for module, name, value in (
         *((parcels, "PARCEL_BYTES", 2048), (parcels, "PACKED_BYTES", 2048), (parcels, "LEAST_BYTES", 2048)),
         (parcels, "LEAST_IN_PLACE", 512),

@@ -129,6 +129,10 @@ def come(store: dist.Store, lane: int, peer: int) -> None:
     store.set(f"meet/{lane}/{peer}/0", b"")
 
 
+def soon() -> float:
+    return time.monotonic() + 0.2
+
+
 NEAR, FAR = Post(torch.zeros(1), 1, 0), Post(torch.zeros(1), 2, 0)
 
 
@@ -136,13 +140,15 @@ def test_a_peer_that_does_not_come_is_a_timeout_outside_nccl(lanes_of: Callable[
     store, comm = dist.HashStore(), Comm({2})
     lanes, here = lanes_of(store, comm), threading.current_thread().name
     come(store, 0, 1)
-    lanes.exchange(0, [NEAR], [])
-    lanes.exchange(0, [], [NEAR])
+    lanes.exchange(0, [NEAR], [], soon())
+    lanes.exchange(0, [], [NEAR], soon())
     assert comm.threads == ["connecting lane 0 with ranks [1]", here], "known ones need no thread"
     assert store.check(["meet/0/0/1"]) and not store.check(["meet/0/0/2"])
     looks: list[None] = []
-    with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[2\] took longer"):
-        lanes.exchange(0, [NEAR], [FAR], lambda: looks.append(None))
+    end = soon()
+    with pytest.raises(TimeoutError, match=r"connecting lane 0 with ranks \[2\] took longer than 0.2 s"):
+        lanes.exchange(0, [NEAR], [FAR], end, lambda: looks.append(None))
+    assert end < time.monotonic() < end + 0.1, "what is left of the transfer's deadline, and no more"
     assert looks, "others are served meanwhile"
     assert len(comm.threads) == 2 and store.check(["meet/0/0/2"])
     lanes.close()
@@ -157,7 +163,7 @@ def test_a_communicator_is_not_aborted_under_the_thread_that_connects_it(
     lanes = lanes_of(store, *comms)
     come(store, 1, 2)
     with pytest.raises(TimeoutError, match=r"connecting lane 1 with ranks \[2\]"):
-        lanes.exchange(1, [FAR], [])
+        lanes.exchange(1, [FAR], [], soon())
     with caplog.at_level(logging.ERROR):
         lanes.close()
     assert [comm.aborted.is_set() for comm in comms] == [True, False, True]
@@ -165,7 +171,7 @@ def test_a_communicator_is_not_aborted_under_the_thread_that_connects_it(
     comms[1].aborted.set()  # NCCL gave up: the lane is like any other
     lanes = lanes_of(dist.HashStore(), comm := Comm(set()))
     come(lanes._store, 0, 2)
-    lanes.exchange(0, [FAR], [])
+    lanes.exchange(0, [FAR], [], soon())
     lanes.close()
     assert comm.aborted.is_set()
 

@@ -22,7 +22,6 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.session import RefitSession
 from nemo_rl.refit.transports import grouped, parcels, registry
 from nemo_rl.refit.transports.inproc import Hub, InprocChannel
-from nemo_rl.refit.transports.mover import Transport
 
 from .layouts import random_table, shard_out
 from .simulated import PlainLanding, PlainSource, SimulatedWorld, make_table, raise_any, random_bytes, same_bytes
@@ -33,7 +32,7 @@ WHOLE = Region.whole
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The mover of `nccl` over channels of CPU tensors, with small parcels."""
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", replace(registry.TRANSPORTS["nccl"], unsupported=lambda *_: None))
     for name, value in (("PARCEL_BYTES", 2048), ("PACKED_BYTES", 1024), ("LEAST_BYTES", 512)):
         monkeypatch.setattr(parcels, name, value)
     monkeypatch.setattr(parcels, "LEAST_IN_PLACE", 64)
@@ -216,10 +215,16 @@ def random_schedule(rng):
             ends = sorted({rng.randint(1, len(named)) for _ in range(3)} | {len(named)}) if named else []
             cuts = sorted({*ends, *(rng.randint(1, len(named)) for _ in range(3))}) if named else []
             orders[src, dst] = parcels.Order(*(np.array(said, np.int64) for said in (named, cuts, ends)))
-    num_bytes, none = full_plan.sizes.prod(axis=1), np.zeros(len(full_plan), bool)
-    rules = parcels.Rules(world, full_plan, num_bytes, none, parcels.Limits(400, 200, lanes))
-    posted = [parcels.groups_of(parcels.parcels_of(r, rules, orders)) for r in range(world.size)]
+    posted = []
+    for rank in range(world.size):
+        rules = rules_of(rank, world, full_plan, parcels.Limits(400, 200, lanes))
+        posted.append(parcels.groups_of(parcels.parcels_of(rules, {pair: orders[pair] for pair in rules.pairs})))
     return full_plan, posted, lanes
+
+
+def rules_of(rank, world, copies, limits):
+    mine = np.flatnonzero((copies.src_rank == rank) | (copies.dst_rank == rank))
+    return parcels.Rules(world, copies, copies.sizes.prod(axis=1), mine, limits)
 
 
 def random_plan(rng, world):
@@ -288,28 +293,25 @@ def test_a_rank_stays_with_a_peer():
     takers = {r: Declaration(Layout.from_regions(rows, table)) for r, rows in ranks.items()}
     copies = plan_refit(World.of(2, 2), sources, takers, table, bucket_bytes=128).bulk
     each = parcels.Order(np.arange(5), np.arange(1, 6), np.arange(1, 6))
-    none = np.zeros(len(copies), bool)
-    rules = parcels.Rules(World.of(2, 2), copies, copies.sizes.prod(axis=1), none, parcels.Limits(128, 128, 3))
-    found = [parcels.parcels_of(r, rules, {(s, d): each for s in (0, 1) for d in (2, 3)}) for r in (0, 1)]
+    rules = [rules_of(r, World.of(2, 2), copies, parcels.Limits(128, 128, 3)) for r in (0, 1)]
+    found = [parcels.parcels_of(own, dict.fromkeys(own.pairs, each)) for own in rules]
     first, second = ("".join(str(p.dst_rank) for p in own) for own in found)
     assert first == "2222233333" and all(a != b for a, b in zip(first, second, strict=True))
 
 
 def test_pairs_that_move_little_have_smaller_parcels():
     copies = random_plan(random.Random(1), World.of(1, 1))
-    num_bytes, none = copies.sizes.prod(axis=1), np.zeros(len(copies), bool)
-    total = int(num_bytes.sum())
+    total = int(copies.sizes.prod(axis=1).sum())
 
     def limit(most):
-        limits = parcels.Limits(most, most, 3)
-        return parcels.Rules(World.of(1, 1), copies, num_bytes, none, limits).limit_of(0, 1)
+        return rules_of(0, World.of(1, 1), copies, parcels.Limits(most, most, 3)).limit_of(0, 1)
 
     assert limit(total) == total // 4 and limit(total // 4) == total // 8 and limit(total // 64) == total // 64
 
 
 @pytest.mark.parametrize(("ranks", "streams"), [((0, 1), 1), ((0, 1), 3), ((0, 1), 7), ((0, 0), 2)])
 def test_a_direction_has_a_slot_more_than_lanes(ranks, streams, monkeypatch):
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", replace(registry.TRANSPORTS["nccl"], unsupported=lambda *_: None))
     full, sources, landings = two_sides(random.Random(2), 1, 1)
     world, store, hub = World((ranks[0],), (ranks[1],)), dist.HashStore(), Hub()
     sim = SimulatedWorld.__new__(SimulatedWorld)
@@ -369,10 +371,10 @@ def test_ranks_that_differ_on_the_order_are_caught_by_digests(on_cpu):
     mover = sim.sessions[0]._agreed.mover
     inner = mover._lanes.exchange
 
-    def swapped(lane, sends, recvs, look):
+    def swapped(lane, sends, recvs, end, look):
         for post in sends:
             post.buffer.copy_(post.buffer.flip(0))
-        return inner(lane, sends, recvs, look)
+        return inner(lane, sends, recvs, end, look)
 
     mover._lanes.exchange = swapped
     results = sim.refit(1)
@@ -406,7 +408,7 @@ def test_a_peer_that_does_not_connect_is_named_with_the_parcel(on_cpu):
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
     raise_any(sim.start())
 
-    def exchange(lane, sends, recvs, look):
+    def exchange(lane, sends, recvs, end, look):
         raise TimeoutError("connecting lane 0 took longer than 1 s")
 
     sim.sessions[1]._agreed.mover._lanes.exchange = exchange
@@ -420,7 +422,7 @@ def test_who_waits_for_a_peer_to_connect_hears_why_it_does_not(on_cpu):
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
     raise_any(sim.start())
 
-    def exchange(lane, sends, recvs, look):
+    def exchange(lane, sends, recvs, end, look):
         while True:
             look()
             time.sleep(0.01)
@@ -434,6 +436,41 @@ def test_who_waits_for_a_peer_to_connect_hears_why_it_does_not(on_cpu):
     errors = sim.refit(1)
     assert "out of memory" in str(errors[0]) and "out of memory" in str(errors[1])
     assert time.monotonic() - started < 10 and landings[0].version == -1
+
+
+def test_a_look_that_fails_while_a_peer_is_waited_for_is_not_blamed_on_the_peer(on_cpu):
+    _, sources, landings = two_sides(random.Random(4), 1, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=20))
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    lanes, verifier = sim.sessions[0]._agreed.mover._lanes, sim.sessions[0]._agreed.verifier
+    inner = lanes.exchange
+
+    def exchange(lane, sends, recvs, end, look):
+        look()
+        return inner(lane, sends, recvs, end, look)
+
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    lanes.exchange, verifier.look = exchange, out_of_memory
+    error = sim.refit(2)[0]
+    assert isinstance(error, TransferError) and "RuntimeError: CUDA out of memory" in str(error)
+    assert "sending to" not in str(error) and "alive" not in str(error)
+
+
+@pytest.mark.parametrize(("transport", "first"), [("nccl", "send"), ("gloo", "look")])
+def test_bytes_are_on_their_way_before_sources_are_looked_at_where_ranks_look_meanwhile(on_cpu, transport, first):
+    _, sources, landings = two_sides(random.Random(4), 1, 1)
+    sim = SimulatedWorld(sources, landings, RefitOptions(transport, 1024, deadline_s=20))
+    raise_any(sim.start())
+    raise_any(sim.refit(1))
+    channel, verifier, seen = sim.sessions[0]._link.channel, sim.sessions[0]._agreed.verifier, []
+    send, look = channel.send, verifier.look
+    channel.send = lambda *message: (seen.append("send"), send(*message))[1]
+    verifier.look = lambda holdings: (seen.append("look"), look(holdings))[1]
+    raise_any(sim.refit(2))
+    assert seen[0] == first and seen.count("look") == 2 and "send" in seen
 
 
 def through(exchange, *posts):

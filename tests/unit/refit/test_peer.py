@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,7 @@ from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Axis, Form, Jobs, Rows, form_of, merged
 from nemo_rl.refit.transports import carry, copy_engine, grouped, host_memory, parcels, peer, registry
 from nemo_rl.refit.transports.host_memory import HostMemory
-from nemo_rl.refit.transports.mover import Fact, Transport
+from nemo_rl.refit.transports.mover import Fact
 from nemo_rl.refit.verify import Verifier
 from nemo_rl.refit.watch import Watch
 
@@ -359,7 +360,7 @@ def test_rows_that_share_memory_are_looked_at_in_the_end(transport, monkeypatch)
     monkeypatch.setattr(grouped, "DIGEST_BYTES", 1)
     monkeypatch.setattr(grouped, "AHEAD", -2)
     monkeypatch.setattr(parcels, "PACKED_BYTES", 1536)
-    monkeypatch.setitem(registry.TRANSPORTS, "nccl", Transport("nccl", lambda *_: None, registry._grouped, idles=True))
+    monkeypatch.setitem(registry.TRANSPORTS, "nccl", replace(registry.TRANSPORTS["nccl"], unsupported=lambda *_: None))
     table = make_table({f"layers.{i}": ((6, 64), torch.float32) for i in range(4)})
     generator = torch.Generator().manual_seed(5)
     full = {f: random_bytes(m.shape, m.dtype, generator) for f, m in table.items()}
