@@ -408,11 +408,15 @@ def test_a_peer_that_does_not_connect_is_named_with_the_parcel(on_cpu):
     sim = SimulatedWorld(sources, landings, RefitOptions("nccl", 1024, deadline_s=1))
     raise_any(sim.start())
 
+    left = []
+
     def exchange(lane, sends, recvs, end, look):
+        left.append(end - time.monotonic())
         raise TimeoutError("connecting lane 0 took longer than 1 s")
 
     sim.sessions[1]._agreed.mover._lanes.exchange = exchange
     error = sim.refit(1)[1]
+    assert 0 < left[0] < 0.9, "what is left of the transfer's deadline"
     assert isinstance(error, TransferError) and "receiving from trainer 0 (rank 0) in round" in str(error)
     assert "connecting lane 0" in str(error) and "layers." in str(error)
 
