@@ -204,7 +204,7 @@ class Grouped:
         pairs, control = rules.pairs, self._setting.control
         takers = [dst for src, dst in pairs if src == self._rank]
         givers = [src for src, dst in pairs if dst == self._rank]
-        lie = {dst: self._out.ends(rules.copies_of(self._rank, dst)) for dst in takers}
+        lie = {dst: self._out.where(rules.copies_of(self._rank, dst))[1] for dst in takers}
         said = {dst: ends.to_bytes() for dst, ends in lie.items()}
         there = control.exchange("transfer", said, givers, deadline_s=deadline_s)
         orders = {}
@@ -221,7 +221,7 @@ class Grouped:
         chosen = np.flatnonzero(np.isin(of_pair, self._lands_in_place, assume_unique=True, kind="sort"))
         if not len(chosen):
             return Order(chosen, chosen, chosen)
-        where, here = self._in.places(of_pair[chosen]), self._in.ends(of_pair[chosen])
+        where, here = self._in.where(of_pair[chosen])
         order = wire_order(here, there.take(chosen), where.num_bytes, where.item, rules.limits)
         return Order(chosen[order.copies], order.cuts, order.ends)
 

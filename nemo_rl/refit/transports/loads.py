@@ -77,15 +77,12 @@ class End:
         self._rows = rows
         return True
 
-    def places(self, chosen: np.ndarray) -> Places:
-        """Where copies `chosen` of the plan's bulk lie."""
-        assert self._layout is not None
-        return places(self._plan, self._copies, chosen, self._row(chosen), self._layout, self.rows)
-
-    def ends(self, chosen: np.ndarray) -> Ends:
-        """The same, as it matters to parcels."""
-        assert self._views is not None
-        return _ends(self.places(chosen), self._views, self._row(chosen))
+    def where(self, chosen: np.ndarray) -> tuple[Places, Ends]:
+        """Where copies `chosen` of the plan's bulk lie, and the same as it matters to parcels."""
+        assert self._layout is not None and self._views is not None
+        row = self._row(chosen)
+        found = places(self._plan, self._copies, chosen, row, self._layout, self.rows)
+        return found, _ends(found, self._views, row)
 
     def fit(self, groups: Mapping[int, Parcel], opens_later: Container[int]) -> None:
         """Slots take the parcels of `groups` (by number) that need one; comes before all loads, none of which stays.
@@ -121,15 +118,14 @@ class End:
         """Of the parcel of group `number`, kept until groups are fitted again."""
         if number not in self._loads:
             assert self._views is not None
-            where, row = self.places(parcel.copies), self._row(parcel.copies)
-            self._loads[number] = self._make(number, parcel, self._views, where, row)
+            self._loads[number] = self._make(number, parcel, self._views, *self.where(parcel.copies))
         return self._loads[number]
 
     def load_into(self, number: int, parcel: Parcel, views: Views, layout: Layout) -> Load:
         """Of a parcel that lands in what is open for a while."""
         row = self._row(parcel.copies)
         where = places(self._plan, self._copies, parcel.copies, row, layout, Rows.of(views, layout))
-        return self._make(number, parcel, views, where, row)
+        return self._make(number, parcel, views, where, _ends(where, views, row))
 
     def _row(self, chosen: np.ndarray) -> np.ndarray:
         row: np.ndarray = (self._copies.src_row if self._outgoing else self._copies.dst_row)[chosen]
@@ -137,17 +133,17 @@ class End:
 
     def _strewn_bytes(self, parcel: Parcel) -> int:
         """Of transfers that are not one contiguous range."""
-        num_bytes, ends, used = self.places(parcel.copies).num_bytes, self.ends(parcel.copies), 0
+        (where, ends), used = self.where(parcel.copies), 0
         for part in parcel.transfers:
-            if not ends.take(part).whole(num_bytes[part]):
-                used = _aligned(used) + int(num_bytes[part].sum())
+            if not ends.take(part).whole(where.num_bytes[part]):
+                used = _aligned(used) + int(where.num_bytes[part].sum())
         return used
 
     def _slot(self, number: int) -> torch.Tensor:
         return self._slots[self._turns[number] % len(self._slots)]
 
-    def _make(self, number: int, parcel: Parcel, views: Views, where: Places, row: np.ndarray) -> Load:
-        ends, used = _ends(where, views, row), 0
+    def _make(self, number: int, parcel: Parcel, views: Views, where: Places, ends: Ends) -> Load:
+        row, used = self._row(parcel.copies), 0
         buffers, jobs = [], []
         for part in parcel.transfers:
             size = int(where.num_bytes[part].sum())
