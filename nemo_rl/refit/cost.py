@@ -104,7 +104,7 @@ class Load:
         item = plan.item_bytes[copies.tensor]
         rows = ((copies.src_rank, copies.src_row, sources), (copies.dst_rank, copies.dst_row, landings))
         runs = np.minimum(*(_runs(copies.sizes, _row_sizes(copies, *end)) for end in rows)) * item
-        sizes = copies.sizes.prod(axis=1) * item
+        sizes = copies.num_bytes(plan.item_bytes)
         m = copies.messages
         short, strided = (
             _sums(np.where(chosen, sizes, 0), m) for chosen in (runs < np.minimum(sizes, LONG_RUN), runs < sizes)

@@ -82,9 +82,19 @@ class CopyTable:
         """Rounds in which some message goes; their numbers have gaps."""
         return len(np.unique(self.messages[:, 0]))
 
+    def num_bytes(self, item_bytes: np.ndarray) -> np.ndarray:
+        """Of each copy, where elements of tensor i have `item_bytes[i]`."""
+        found: np.ndarray = self.sizes.prod(axis=1) * item_bytes[self.tensor]
+        return found
+
+    def touches(self, rank: int) -> np.ndarray:
+        """Which copies `rank` sends or receives."""
+        found: np.ndarray = (self.src_rank == rank) | (self.dst_rank == rank)
+        return found
+
     def of_rank(self, rank: int) -> CopyTable:
         """The copies and messages that `rank` sends or receives."""
-        mine = (self.src_rank == rank) | (self.dst_rank == rank)
+        mine = self.touches(rank)
         m = self.messages[(self.messages[:, 1] == rank) | (self.messages[:, 2] == rank)]
         lo = (np.cumsum(mine) - 1)[m[:, 3]]
         rows = np.flatnonzero(mine)

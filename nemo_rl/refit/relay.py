@@ -81,8 +81,7 @@ def relay_of(plan: RefitPlan, layouts: Mapping[int, Layout], step_bytes: int) ->
     wait for their first step.
     """
     copies = plan.bulk
-    item = plan.item_bytes
-    num_bytes, message = copies.sizes.prod(axis=1) * item[copies.tensor], copies.message_of
+    num_bytes, message = copies.num_bytes(plan.item_bytes), copies.message_of
     groups = _replicas(plan.world, copies, layouts)
     heads = _num_heads(plan.world, copies, num_bytes, groups, step_bytes)
     giver, row, step = copies.src_rank.copy(), copies.src_row.copy(), np.full(len(copies), -1, np.int32)

@@ -13,7 +13,7 @@ from nemo_rl.refit.agreed import Agreed, agree_on
 from nemo_rl.refit.base import Declaration, Landing, RefitOptions, RefitReport, Source, World
 from nemo_rl.refit.control import Address, Control
 from nemo_rl.refit.declare import Declared, agree, agree_still, share_declarations, share_sources
-from nemo_rl.refit.device import await_rest, finish, follow, one_device
+from nemo_rl.refit.device import await_rest, finish, one_device
 from nemo_rl.refit.digest import Ledger
 from nemo_rl.refit.errors import AgreementError, PlanError, PoisonedError, RefitError, TransferError
 from nemo_rl.refit.layout import Holding, Layout, SourceViews, departure
@@ -155,7 +155,7 @@ class RefitSession:
         self._agree_to(version, num_steps)
         with self._guarded("digest"):
             if self._source is not None and self._agreed.verifier is not None:
-                follow(self._device)
+                self._agreed.verifier.follow()
                 self._prepared = version, num_steps, self._agreed.verifier.look(self._holdings)
         return dict(self._phase_s)
 
@@ -274,8 +274,6 @@ class RefitSession:
         verifier, control = self._agreed.verifier, self._link.control
         if verifier is None:
             return None
-        if self._source is not None:
-            follow(self._device)  # whatever changed the source before this refit, the second look sees it
         watch = Watch(verifier, control, None if self._source is None else self._holdings, first)
         if not self._agreed.choice.transport.idles:  # elsewhere the first bytes are on their way before it looks
             watch.look()

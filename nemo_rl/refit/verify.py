@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nemo_rl.refit.boxes import Boxes, overlaps
-from nemo_rl.refit.device import aside
+from nemo_rl.refit.device import aside, follow
 from nemo_rl.refit.digest import Ledger, Piece, Pieces
 from nemo_rl.refit.layout import Holding, Layout
 from nemo_rl.refit.plan import CopyTable, RefitPlan
@@ -164,6 +164,10 @@ class Verifier:
             self._digests.take(self._looked[1], ledger)
             ledger.fetch()
         return ledger
+
+    def follow(self) -> None:
+        """Looks from now on see all that the current stream was given."""
+        follow(self._device)
 
     def tidy(self) -> None:
         """Nobody reads looks of this refit any more: the next one finds room for its own."""

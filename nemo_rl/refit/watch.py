@@ -35,6 +35,8 @@ class Watch:
         self, verifier: Verifier, control: Control, holdings: Sequence[Holding] | None, first: Ledger | None = None
     ) -> None:
         self._verifier, self._control, self._holdings = verifier, control, holdings
+        if holdings is not None:
+            verifier.follow()  # whatever changed the source before this refit, the second look sees it
         self._first = first
         self._second: Ledger | None = None
         self._held: np.ndarray | None = None  # what the first look saw

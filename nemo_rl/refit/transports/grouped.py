@@ -83,10 +83,10 @@ class Grouped:
         self._setting, self._lanes = setting, lanes
         self._plan, self._rank, self._world = setting.plan, setting.rank, setting.plan.world
         self._copies = copies = setting.plan.bulk
-        mine = (copies.src_rank == self._rank) | (copies.dst_rank == self._rank)
+        mine = copies.touches(self._rank)
         self._mine = np.flatnonzero(mine if skip is None else mine & ~skip)
         self._sent_rows = np.unique(copies.src_row[self._mine][copies.src_rank[self._mine] == self._rank]).tolist()
-        self._lands_in_place = self._lands()
+        self._lands_in_place = bool(self._in_place(self._mine[copies.dst_rank[self._mine] == self._rank]).any())
         self._num_lanes = num_lanes(setting.messages.num_streams)
         self._depth = self._num_lanes + AHEAD  # groups that were posted and not settled
         self._out, self._in = (
@@ -106,7 +106,7 @@ class Grouped:
         if self._sent_rows and src_view is not self._seen:
             self._seen, layout = src_view, self._setting.sources[self._rank]
             moved = self._out.place({row: src_view(row, layout.region(row)) for row in self._sent_rows}, layout)
-        if tracker is not None and len(self._lands_in_place):
+        if tracker is not None and self._lands_in_place:
             moved |= self._in.place(tracker.rows(IN_PLACE), tracker.layout)
         return moved or self._groups is None
 
@@ -182,16 +182,17 @@ class Grouped:
 
     # ---- before the first byte
 
-    def _lands(self) -> np.ndarray:
-        """Numbers of the copies that this rank gets into final storage."""
-        got: np.ndarray = self._mine[self._copies.dst_rank[self._mine] == self._rank]
-        if len(got):
-            got = got[self._setting.landings[self._rank].unit[self._copies.dst_row[got]] == IN_PLACE]
-        return got
+    def _in_place(self, got: np.ndarray) -> np.ndarray:
+        """Which of the copies `got`, all of this rank's, land in final storage."""
+        landing = self._setting.landings.get(self._rank)
+        if landing is None:
+            return np.zeros(len(got), bool)
+        found: np.ndarray = landing.unit[self._copies.dst_row[got]] == IN_PLACE
+        return found
 
     def _lies_apart(self, tracker: Tracker | None) -> bool:
         """Whether no two rows of final storage share a byte."""
-        if tracker is None or not len(self._lands_in_place):
+        if tracker is None or not self._lands_in_place:
             return True
         return self._in.rows.apart(tracker.layout.sizes, tracker.layout.item_bytes)
 
@@ -200,7 +201,8 @@ class Grouped:
 
         Destinations give up before sources, which wait for them: the first report names who is late.
         """
-        rules = Rules(self._world, self._copies, self._num_bytes, self._mine, self._limits)
+        num_bytes = self._copies.num_bytes(self._plan.item_bytes)
+        rules = Rules(self._world, self._copies, num_bytes, self._mine, self._limits)
         pairs, control = rules.pairs, self._setting.control
         takers = [dst for src, dst in pairs if src == self._rank]
         givers = [src for src, dst in pairs if dst == self._rank]
@@ -218,17 +220,12 @@ class Grouped:
     def _order(self, rules: Rules, src: int, there: Ends) -> Order:
         """Of what this rank gets from `src` into final storage; `there` is where it lies."""
         of_pair = rules.copies_of(src, self._rank)
-        chosen = np.flatnonzero(np.isin(of_pair, self._lands_in_place, assume_unique=True, kind="sort"))
+        chosen = np.flatnonzero(self._in_place(of_pair))
         if not len(chosen):
             return Order(chosen, chosen, chosen)
         where, here = self._in.where(of_pair[chosen])
         order = wire_order(here, there.take(chosen), where.num_bytes, where.item, rules.limits)
         return Order(chosen[order.copies], order.cuts, order.ends)
-
-    @property
-    def _num_bytes(self) -> np.ndarray:
-        num_bytes: np.ndarray = self._copies.sizes.prod(axis=1) * self._plan.item_bytes[self._copies.tensor]
-        return num_bytes
 
     @property
     def _limits(self) -> Limits:
@@ -246,8 +243,7 @@ class Grouped:
         self._out.fit({n: parcel for n, parcel in away if parcel.src_rank == self._rank}, ())
         incoming = {n: parcel for n, parcel in away if parcel.dst_rank == self._rank}
         if tracker is not None:
-            unit, row = tracker.layout.unit, self._copies.dst_row
-            self._final = {n: bool((unit[row[parcel.copies]] == IN_PLACE).all()) for n, parcel in incoming.items()}
+            self._final = {n: bool(self._in_place(parcel.copies).all()) for n, parcel in incoming.items()}
             self._in.fit(incoming, [n for n, final in self._final.items() if not final])
 
     # ---- one group

@@ -42,10 +42,6 @@ class Flight(Pending, Protocol):
         """Whether all of it arrived; never waits."""
 
 
-def nothing() -> None:
-    """For who has nothing to do while it waits."""
-
-
 class Lanes(Protocol):
     """Lanes of one rank; what is posted on a lane runs in the order of posting, lanes run beside each other."""
 
@@ -92,7 +88,12 @@ class HostLanes:
         self._channel, self._memory = channel, HostMemory()
 
     def exchange(
-        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, look: Callable[[], None] = nothing
+        self,
+        lane: int,
+        sends: Sequence[Post],
+        recvs: Sequence[Post],
+        end: float,
+        look: Callable[[], None] = lambda: None,
     ) -> _HostFlight:
         started: list[Pending] = [self._channel.send(p.buffer, p.peer, p.tag) for p in sends]
         started += [self._channel.recv(p.buffer, p.peer, p.tag) for p in recvs]

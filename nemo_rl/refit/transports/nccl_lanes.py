@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_rl.refit.device import within
 from nemo_rl.refit.strided import Jobs
-from nemo_rl.refit.transports.lanes import Post, nothing
+from nemo_rl.refit.transports.lanes import Post
 from nemo_rl.refit.transports.nccl_calls import Communicator, unique_id
 from nemo_rl.refit.transports.own_nccl import abort_together
 
@@ -86,7 +86,7 @@ class NcclLanes:
 
         within(max(end - time.monotonic(), 0.0), make, what)
 
-    def _await(self, keys: Sequence[str], end: float, what: str, look: Callable[[], None] = nothing) -> None:
+    def _await(self, keys: Sequence[str], end: float, what: str, look: Callable[[], None] = lambda: None) -> None:
         deadline_s = end - time.monotonic()
         while not self._store.check(list(keys)):
             if time.monotonic() > end:
@@ -95,7 +95,12 @@ class NcclLanes:
             time.sleep(_LOOK_S)
 
     def exchange(
-        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, look: Callable[[], None] = nothing
+        self,
+        lane: int,
+        sends: Sequence[Post],
+        recvs: Sequence[Post],
+        end: float,
+        look: Callable[[], None] = lambda: None,
     ) -> _NcclFlight:
         """See `Lanes.exchange`."""
         peers = {(lane, post.peer) for post in (*sends, *recvs)}

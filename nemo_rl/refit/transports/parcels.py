@@ -259,10 +259,10 @@ def parcels_of(rules: Rules, orders: Mapping[tuple[int, int], Order]) -> list[Pa
     """All parcels of what the rules choose, by ascending key and lane.
 
     Args:
-        orders: (source, destination) -> what the destination said; the same at both ends.
+        orders: (source, destination) -> what the destination said, the same at both ends; for all pairs of the rules.
     """
     return sorted(
-        (parcel for pair in rules.pairs for parcel in _of_pair(*pair, rules, orders[pair])),
+        (parcel for pair in sorted(orders) for parcel in _of_pair(*pair, rules, orders[pair])),
         key=lambda parcel: (parcel.key, parcel.lane),
     )
 

@@ -28,7 +28,7 @@ from nemo_rl.refit.planner import plan_refit
 from nemo_rl.refit.region import Region
 from nemo_rl.refit.strided import Jobs
 from nemo_rl.refit.transports.base import Channel
-from nemo_rl.refit.transports.lanes import Flight, Lanes, Post, nothing
+from nemo_rl.refit.transports.lanes import Flight, Lanes, Post
 from nemo_rl.refit.transports.mover import Setting, Transport
 from nemo_rl.refit.transports.nccl import NcclChannel
 from nemo_rl.refit.transports.registry import open_channel
@@ -155,7 +155,12 @@ class _Lent:
     own: Lanes
 
     def exchange(
-        self, lane: int, sends: Sequence[Post], recvs: Sequence[Post], end: float, look: Callable[[], None] = nothing
+        self,
+        lane: int,
+        sends: Sequence[Post],
+        recvs: Sequence[Post],
+        end: float,
+        look: Callable[[], None] = lambda: None,
     ) -> Flight:
         return self.own.exchange(lane, sends, recvs, end, look)
 

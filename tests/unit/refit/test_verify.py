@@ -51,7 +51,11 @@ class Looks:
     trainers, peers = (0, 1), (1,)
 
     def __init__(self):
-        self.count = 0
+        self.count = self.followed = 0
+
+    def follow(self):
+        assert not self.count, "before the first look of a refit that nobody prepared"
+        self.followed += 1
 
     def look(self, holdings):
         self.count += 1
@@ -92,6 +96,7 @@ def test_nothing_is_done_twice_where_a_wait_goes_on_by_itself(watched):
     store, looks, watch, trains = watched
     seen, _ = watch.finish()
     assert store.waits == store.heard == 1 and looks.count == 2 * trains and len(store.posts) == trains
+    assert looks.followed == trains
     assert (seen is None) != trains and (seen is None or [x.tolist() for x in seen] == [[1], [2]])
 
 
